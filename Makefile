@@ -1,0 +1,40 @@
+# make train: set up and train the demo.   make test: set up and run every check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help setup train test test-unit test-slow lint clean
+
+help:
+	@sed -n 's/^# //p' Makefile; echo "others: setup lint test-unit test-slow clean"
+
+setup: $(STAMP)
+
+# The folder appears under its name only when it is complete, so an interrupted set-up starts anew.
+$(STAMP): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: PYTHON: expected python 3.11 or newer, got $$($(PYTHON) --version); make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (about 5 GB the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
+	@touch $(STAMP)
+
+train: $(STAMP)
+	@$(BIN)/python jobs/train.py --config jobs/configs/shapes.yaml $(ARGS)
+
+test: $(STAMP) lint
+	@$(PYTEST) -m "not slow" tests
+
+test-unit: $(STAMP)
+	@$(PYTEST) -m "not slow and not integration" tests
+
+test-slow: $(STAMP)
+	@$(PYTEST) -m slow tests
+
+lint: $(STAMP)
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/mypy --no-error-summary
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

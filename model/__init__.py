@@ -1,0 +1,1 @@
+"""EfficientDet in pure PyTorch: network, detection, data and training, usable without a cluster."""

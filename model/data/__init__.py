@@ -1,0 +1,1 @@
+"""Where samples come from: COCO index, transforms, sampler, loader, the demo set."""

@@ -1,0 +1,161 @@
+"""Samples by image number: read, decode, view, boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.data.index import CocoIndex
+from model.data.transforms import (
+    AugmentConfig,
+    View,
+    apply_to_boxes,
+    apply_to_image,
+    decode_image,
+    letterbox_view,
+    random_view,
+)
+from model.errors import DataError
+
+Reader = Callable[[str], bytes]
+"""File name of an image, as in the annotations -> its bytes. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """pixels uint8 [R, R, 3]; boxes float32 [m, 4] network pixels; labels int64 [m]."""
+
+    image: int
+    pixels: NDArray[np.uint8]
+    boxes_xyxy: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    scale: float
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images uint8 [B, 3, R, R] (channels last in memory); boxes_xyxy float32 [B, M, 4];
+    labels int64 [B, M], -1 for padding; sizes_hw float32 [B, 2] of the content, network pixels;
+    scales float64 [B] network pixels per source pixel; indices int64 [B] into the dataset.
+    """
+
+    images: Tensor
+    boxes_xyxy: Tensor
+    labels: Tensor
+    sizes_hw: Tensor
+    scales: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            *(
+                getattr(self, name).to(device, non_blocking=True)
+                for name in self.__dataclass_fields__
+            )
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by DataLoader; keeps the images' memory format."""
+        return Batch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+
+
+class DetectionDataset(torch.utils.data.Dataset[Sample]):
+    """Maps (epoch, image number) to a sample; without augmentation the epoch does not matter."""
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        read: Reader,
+        image_size_px: int,
+        augment: AugmentConfig,
+        seed: int,
+    ) -> None:
+        self.index, self.read, self.image_size_px = index, read, image_size_px
+        self.augment, self.seed = augment, seed
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def evaluation(self) -> DetectionDataset:
+        """The same images, letterboxed, never augmented."""
+        plain = replace(self.augment, enabled=False)
+        return DetectionDataset(self.index, self.read, self.image_size_px, plain, self.seed)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, image = key
+        name = str(self.index.file_names[image])
+        height, width = (int(side) for side in self.index.sizes_hw[image])
+        view = self._view(epoch, image, height, width)
+        # Evaluation decodes in full; training lets the JPEG decoder skip what is scaled away.
+        draft = _draft(view.scale, height, width) if self.augment.enabled else None
+        try:
+            picture = decode_image(self.read(name), draft_size_px=draft)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(
+                f"image {name}", "a readable image", str(error), "replace it or take it out"
+            ) from None
+        shrunk_by = _shrunk_by(picture.size, (height, width), name)
+        on_picture = replace(view, scale=view.scale * shrunk_by)
+        pixels = apply_to_image(picture, on_picture, self.image_size_px)
+        boxes, labels = self.index.training_boxes(image)
+        boxes, labels = apply_to_boxes(boxes, labels, view, width)
+        return Sample(image, pixels, boxes, labels, view.scale, view.size_hw)
+
+    def _view(self, epoch: int, image: int, height: int, width: int) -> View:
+        if not self.augment.enabled:
+            return letterbox_view(height, width, self.image_size_px)
+        rng = np.random.default_rng((self.seed, epoch, image))
+        return random_view(height, width, self.image_size_px, self.augment, rng)
+
+
+def _draft(scale: float, height: int, width: int) -> int | None:
+    """Smallest side that the JPEG decoder must keep, or None if it must not shrink."""
+    return None if scale > 0.5 else max(1, int(min(height, width) * scale))
+
+
+def _shrunk_by(decoded_wh: tuple[int, int], source_hw: tuple[int, int], name: str) -> int:
+    """How much the decoder shrank the image: 1, 2, 4 or 8.
+
+    Raises:
+        DataError: the file has another shape than its annotation says.
+    """
+    for factor in (1, 2, 4, 8):
+        if decoded_wh == (-(-source_hw[1] // factor), -(-source_hw[0] // factor)):
+            return factor
+    raise DataError(
+        f"image {name}",
+        f"{source_hw[1]} x {source_hw[0]} pixels as annotated",
+        f"{decoded_wh[0]} x {decoded_wh[1]}",
+        "annotate the image as it is shown (after EXIF rotation)",
+    )
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack pixels, pad boxes with label -1 to the batch's largest number."""
+    most = max(len(sample.labels) for sample in samples)
+    boxes = np.zeros((len(samples), most, 4), dtype=np.float32)
+    labels = np.full((len(samples), most), -1, dtype=np.int64)
+    for row, sample in enumerate(samples):
+        boxes[row, : len(sample.labels)] = sample.boxes_xyxy
+        labels[row, : len(sample.labels)] = sample.labels
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    return Batch(
+        images=pixels.permute(0, 3, 1, 2),
+        boxes_xyxy=torch.from_numpy(boxes),
+        labels=torch.from_numpy(labels),
+        sizes_hw=torch.tensor([sample.size_hw for sample in samples], dtype=torch.float32),
+        scales=torch.tensor([sample.scale for sample in samples], dtype=torch.float64),
+        indices=torch.tensor([sample.image for sample in samples], dtype=torch.int64),
+    )

@@ -1,0 +1,1 @@
+"""What boxes are: anchors, matching, losses, post-processing."""

@@ -1,0 +1,1 @@
+"""What the net is: scaling table, backbone, fusion, topology, pyramid, heads."""

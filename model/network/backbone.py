@@ -1,0 +1,97 @@
+"""timm backbones: features at strides 8, 16 and 32 (P3, P4, P5).
+
+Channels are read from timm's `feature_info` and checked against a forward pass's contract when
+the network is built, because timm renames and re-tags models between releases.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from model.errors import ConfigError, nearest
+from model.network.stochastic_depth import replace_drop_path
+
+# The paper's backbones were trained on ImageNet-1k with AutoAugment; timm's default tag is NoisyStudent.
+PRETRAINED_TAG = "aa_in1k"
+STRIDES = (8, 16, 32)
+
+
+class Backbone(nn.Module):
+    """images [B, 3, R, R] normalised -> [P3, P4, P5], P_l: [B, channels[l], R/2^l, R/2^l]."""
+
+    def __init__(self, name: str, *, pretrained: bool, drop_path: float) -> None:
+        super().__init__()
+        self.network = _create(name, pretrained=pretrained, drop_path=drop_path)
+        info = cast("timm.models.FeatureInfo", self.network.feature_info)
+        if tuple(info.reduction()) != STRIDES:
+            raise ConfigError(
+                "model.backbone",
+                f"features at strides {STRIDES}",
+                f"{name} with strides {tuple(info.reduction())}",
+                "choose an EfficientNet-like timm network",
+            )
+        self.channels: tuple[int, ...] = tuple(info.channels())
+        replace_drop_path(self.network)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return cast("list[Tensor]", self.network(images))
+
+
+def _create(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
+    known = timm.list_models()
+    if name.split(".")[0] not in known:
+        raise ConfigError(
+            "model.backbone", "a timm network", repr(name), nearest(name.split(".")[0], known)
+        )
+    if not pretrained:
+        return _features(name.split(".")[0], pretrained=False, drop_path=drop_path)
+    tagged = name if "." in name else f"{name}.{PRETRAINED_TAG}"
+    if tagged not in timm.list_pretrained(f"{name.split('.')[0]}*"):
+        tagged = name
+    # The hub client logs every retry of its own; one line of ours says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        return _features(tagged, pretrained=True, drop_path=drop_path)
+    except (OSError, RuntimeError) as error:
+        # RuntimeError too: timm's message for a model without weights, httpx's for a closed client.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            "model.pretrained",
+            f"ImageNet weights of {tagged}",
+            f"none could be fetched ({reason})",
+            "connect to the hub, fill its cache (HF_HOME), or choose --pretrained no "
+            "to train the backbone from random weights",
+        ) from error
+
+
+def _features(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
+    kwargs: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path > 0 else {}
+    network = timm.create_model(
+        name, pretrained=pretrained, features_only=True, out_indices=(2, 3, 4), **kwargs
+    )
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"timm.create_model returned {type(network)}")
+    return network
+
+
+def init_batch_norm(module: nn.Module, *, momentum: float, eps: float) -> None:
+    """Set the detector's batch-norm constants everywhere, backbone included (TF's .99 and 1e-3).
+
+    The counter of batches goes: it is unused with a fixed momentum, and it would count forward
+    passes, of which a step has more or fewer on another number of workers.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum, layer.eps = momentum, eps
+            layer.num_batches_tracked = None
+
+
+@torch.no_grad()
+def num_parameters(module: nn.Module) -> int:
+    """Trainable values, as the paper counts them (buffers excluded)."""
+    return sum(p.numel() for p in module.parameters())

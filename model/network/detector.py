@@ -1,0 +1,66 @@
+"""EfficientDet: backbone, pyramid, heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.network.backbone import Backbone, init_batch_norm
+from model.network.head import Head, class_bias
+from model.network.pyramid import Pyramid
+from model.network.scaling import NetworkSpec
+
+BATCH_NORM_MOMENTUM = 0.01  # TF's decay .99
+BATCH_NORM_EPS = 1e-3
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Detector(nn.Module):
+    """images uint8 [B, 3, R, R] -> class logits [B, A, K], box codes [B, A, 4], both float32.
+
+    Box codes are (ty, tx, th, tw) relative to `model.detection.anchors`. Normalisation is part of
+    the network, on its device, so that uint8 is all that ever crosses the bus.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: NetworkSpec, *, pretrained: bool = False) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = Backbone(spec.backbone, pretrained=pretrained, drop_path=spec.drop_path)
+        self.pyramid = Pyramid(
+            topology=spec.topology,
+            min_level=spec.min_level,
+            max_level=spec.max_level,
+            in_channels=self.backbone.channels,
+            width=spec.fpn_channels,
+            repeats=spec.fpn_repeats,
+            fusion=spec.fusion,
+        )
+
+        def head(out_per_anchor: int, bias: float) -> Head:
+            return Head(
+                width=spec.fpn_channels,
+                layers=spec.head_layers,
+                num_levels=spec.num_levels,
+                anchors_per_cell=spec.anchors_per_cell,
+                out_per_anchor=out_per_anchor,
+                bias=bias,
+            )
+
+        self.class_head = head(spec.num_classes, class_bias())
+        self.box_head = head(4, 0.0)
+        init_batch_norm(self, momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS)
+        for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            scaled = torch.tensor(value).view(1, 3, 1, 1) * 255.0
+            self.register_buffer(name, scaled, persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 or float pixels in 0..255 [B, 3, H, W] -> float32, ImageNet mean 0 and std 1."""
+        return (images.float() - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.pyramid(self.backbone(self.normalise(images)))
+        return self.class_head(features).float(), self.box_head(features).float()

@@ -1,0 +1,119 @@
+"""The feature pyramid: any topology from data, repeated.
+
+Shape legend: W pyramid channels, L levels, P_l [B, W, h_l, w_l].
+Node: resample each input, fuse, swish, 3x3 separable conv, batch norm, no activation after
+(google/automl `conv_bn_act_pattern=False`; the paper's prose has another order).
+Resample: 1x1 conv + batch norm if the channels differ, then max-pool or nearest up-sampling.
+Every edge from a backbone feature has a 1x1 of its own; sharing them is the classic bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.network.fusion import FUSIONS
+from model.network.layers import SeparableConv, glorot_uniform, max_pool_same, resize_to, zero_bias
+from model.network.topology import TOPOLOGIES, Node, Topology
+
+
+class Lateral(nn.Sequential):
+    """1x1 conv with bias and batch norm, from a backbone's channels to W."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=True)
+        glorot_uniform(conv.weight)
+        zero_bias(conv)
+        super().__init__(conv, nn.BatchNorm2d(out_channels))
+
+
+class FusionNode(nn.Module):
+    """Fuses the features of one node; `laterals` holds a 1x1 for each input not yet W wide."""
+
+    def __init__(self, node: Node, in_channels: Sequence[int], width: int, fusion: str) -> None:
+        super().__init__()
+        self.inputs = node.inputs
+        self.laterals = nn.ModuleDict(
+            {
+                str(position): Lateral(channels, width)
+                for position, channels in enumerate(in_channels)
+                if channels != width
+            }
+        )
+        self.fuse = FUSIONS[fusion](len(node.inputs))
+        self.conv = SeparableConv(width, width)
+        self.conv.init_glorot()
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, features: Sequence[Tensor], side: tuple[int, int]) -> Tensor:
+        inputs = []
+        for position, source in enumerate(self.inputs):
+            feature = features[source]
+            if str(position) in self.laterals:
+                feature = self.laterals[str(position)](feature)
+            inputs.append(resize_to(feature, side))
+        out: Tensor = self.norm(self.conv(F.silu(self.fuse(inputs))))
+        return out
+
+
+class Cell(nn.Module):
+    """One repeat of the topology: L features in, L features of width W out."""
+
+    def __init__(
+        self, topology: Topology, in_channels: Sequence[int], width: int, fusion: str
+    ) -> None:
+        super().__init__()
+        self.outputs = topology.outputs
+        self.node_level_index = [node.level - topology.min_level for node in topology.nodes]
+        channels = [*in_channels, *[width] * len(topology.nodes)]
+        self.nodes = nn.ModuleList(
+            FusionNode(node, [channels[i] for i in node.inputs], width, fusion)
+            for node in topology.nodes
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        sides = [(feature.shape[-2], feature.shape[-1]) for feature in features]
+        known = list(features)
+        for node, index in zip(self.nodes, self.node_level_index, strict=True):
+            known.append(node(known, sides[index]))
+        return [known[i] for i in self.outputs]
+
+
+class Pyramid(nn.Module):
+    """[P3, P4, P5] of a backbone -> [P3, ..., P_max], each W channels.
+
+    P6 is the pooled 1x1 of P5, each coarser level the pool of the one before.
+    """
+
+    def __init__(
+        self,
+        *,
+        topology: str,
+        min_level: int,
+        max_level: int,
+        in_channels: Sequence[int],
+        width: int,
+        repeats: int,
+        fusion: str,
+    ) -> None:
+        super().__init__()
+        graph = TOPOLOGIES[topology](min_level, max_level)
+        self.num_extra = graph.num_levels - len(in_channels)
+        self.extra = Lateral(in_channels[-1], width)
+        first = [*in_channels, *[width] * self.num_extra]
+        later = [width] * graph.num_levels
+        self.cells = nn.ModuleList(
+            Cell(graph, first if repeat == 0 else later, width, fusion) for repeat in range(repeats)
+        )
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        features = list(features)
+        coarse: Tensor = self.extra(features[-1])
+        for _ in range(self.num_extra):
+            coarse = max_pool_same(coarse)
+            features.append(coarse)
+        for cell in self.cells:
+            features = cell(features)
+        return features

@@ -1,0 +1,1 @@
+"""How it learns: configuration, optimiser, state, the loop and its evaluation."""

@@ -1,0 +1,241 @@
+"""The training loop: build, restore, then step, log, evaluate, save and stop, all in sight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.data.dataset import Batch, DetectionDataset
+from model.data.loader import training_loader
+from model.data.sampler import StepSampler, plan_batch
+from model.errors import CheckpointError
+from model.network.detector import Detector
+from model.training import state
+from model.training.config import Recipe
+from model.training.evaluation import evaluate
+from model.training.runtime import Runtime
+from model.training.step import Schedule, Trainee
+
+LOG_KEYS = ("train/loss", "train/loss_classes", "train/loss_boxes", "train/positives", "train/grad_norm")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended. metrics: of the last evaluation; stopped: why it ended early, if it did."""
+
+    step: int
+    metrics: dict[str, float]
+    stopped: str | None
+    img_per_s: float
+    peak_memory_bytes: int
+    started_at_step: int
+
+
+@dataclass
+class LogMeter:
+    """Sums of log rows on the device since the last log; one reduction and one copy an interval."""
+
+    device: torch.device
+    world_size: int
+    sums: Tensor = field(init=False)
+    seconds: float = 0.0
+    waited: float = 0.0
+    images: int = 0
+    steps_timed: int = 0
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(len(LOG_KEYS) + 1, device=self.device)
+
+    def add(self, row: Tensor, *, seconds: float, waited: float, images: int) -> None:
+        one = torch.full((1,), 1.0 / self.world_size, device=self.device)
+        self.sums += torch.cat([row, one])
+        self.seconds += seconds
+        self.waited += waited
+        self.images += images
+        self.steps_timed += 1
+
+    def reduced(self) -> Tensor:
+        """Global sums and, last, the number of steps they cover. Collective."""
+        total = self.sums.clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def take(self) -> dict[str, float]:
+        """Means of the interval; starts a new one. Collective."""
+        *sums, steps = self.reduced().tolist()
+        metrics = {key: value / steps for key, value in zip(LOG_KEYS, sums, strict=True)}
+        if self.seconds > 0:
+            metrics["perf/img_per_s"] = self.images / self.seconds
+            metrics["perf/step_s"] = self.seconds / self.steps_timed
+            metrics["perf/data_wait_share"] = self.waited / self.seconds
+        self.sums.zero_()
+        self.seconds, self.waited, self.images, self.steps_timed = 0.0, 0.0, 0, 0
+        return metrics
+
+
+def fit(
+    recipe: Recipe,
+    train: DetectionDataset,
+    val: DetectionDataset,
+    runtime: Runtime,
+    config: Mapping[str, Any],
+) -> FitResult:
+    """Train from the newest checkpoint, or from the start, to the end of the schedule.
+
+    config: the resolved configuration, stored with each checkpoint.
+
+    Raises:
+        DivergedError: on all ranks, before the update that would have spoilt the weights.
+    """
+    rank, world_size, device = runtime.rank, runtime.world_size, runtime.device
+    plan = plan_batch(
+        recipe.train.batch_size, recipe.bn_group, world_size, recipe.train.max_images_at_once
+    )
+    schedule = Schedule.of(recipe, len(train))
+    torch.manual_seed(recipe.train.seed)
+    with runtime.restore() as folder:
+        detector = Detector(recipe.network, pretrained=recipe.pretrained and folder is None)
+        trainee = Trainee(detector, recipe, plan, rank, device)
+        meter = LogMeter(device, world_size)
+        start, metrics = 0, dict[str, float]()
+        if folder is not None:
+            start, metrics = _load(folder, trainee, meter, train, rank)
+
+    sampler = StepSampler(
+        plan=plan, rank=rank, num_images=len(train), seed=recipe.train.seed,
+        start=start, stop=schedule.total,
+    )  # fmt: skip
+    batches = iter(
+        cast(
+            "Iterator[Batch]",
+            training_loader(train, sampler, workers=recipe.loader_workers, device=device),
+        )
+    )
+    stopped: str | None = None
+    saved = start
+    trained_s = 0.0
+
+    def save(done: int, scored: Mapping[str, float]) -> None:
+        write = _writer(trainee, meter.reduced(), done, config, train, scored)
+        runtime.save(done, scored, write if rank == 0 else None)
+
+    step = start
+    while step < schedule.total and stopped is None:
+        began = time.perf_counter()
+        shards = [next(batches).to(device) for _ in trainee.shards]
+        waited = time.perf_counter() - began
+        row = trainee.step(step, schedule, shards)
+        seconds = time.perf_counter() - began
+        trained_s += seconds
+        step += 1
+        meter.add(row, seconds=seconds, waited=waited, images=plan.batch_size)
+        last = step == schedule.total
+
+        if step % recipe.train.log_every_steps == 0 or last:
+            values = meter.take()
+            values["train/lr"] = float(trainee.optimizer.param_groups[0]["lr"])
+            values["train/epoch"] = step / schedule.steps_per_epoch
+            values["perf/memory_gib"] = peak_memory_bytes(device) / 2**30
+            if rank == 0:
+                runtime.log(step, values)
+            stopped = runtime.stop_reason()
+
+        if step % schedule.evaluate_every == 0 or last:
+            metrics = _evaluate(trainee, recipe, val, runtime)
+            if rank == 0:
+                runtime.log(step, metrics)
+            save(step, metrics)
+            saved = step
+        elif step % schedule.checkpoint_every == 0:
+            save(step, {})
+            saved = step
+
+    if saved < step:  # stopped between two checkpoints
+        save(step, {})
+    return FitResult(
+        step=step,
+        metrics=metrics,
+        stopped=stopped if step < schedule.total else None,
+        img_per_s=(step - start) * plan.batch_size / trained_s if trained_s else 0.0,
+        peak_memory_bytes=peak_memory_bytes(device),
+        started_at_step=start,
+    )
+
+
+def _load(
+    folder: Path, trainee: Trainee, meter: LogMeter, train: DetectionDataset, rank: int
+) -> tuple[int, dict[str, float]]:
+    """Put a verified checkpoint into the trainee; the step to go on from and its last metrics."""
+    if state.read_classes(folder) != train.index.classes:
+        raise CheckpointError(
+            f"checkpoint {folder.name}",
+            "the classes of the training data",
+            "another class list",
+            "resume with the same data, or start a new run",
+        )
+    state.read_weights(folder, trainee.detector)
+    state.read_weights(folder, trainee.ema.module, ema=True)
+    progress = state.read_progress(folder)
+    state.load_momentum(trainee.detector, trainee.optimizer, progress.momentum)
+    if rank == 0:  # sums over all workers: one of them carries on
+        meter.sums.copy_(progress.log_sums)
+    return progress.step, state.read_metrics(folder)
+
+
+def _writer(
+    trainee: Trainee,
+    log_sums: Tensor,
+    step: int,
+    config: Mapping[str, Any],
+    train: DetectionDataset,
+    metrics: Mapping[str, float],
+) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        progress = state.Progress(
+            step, state.momentum_by_name(trainee.detector, trainee.optimizer), log_sums
+        )
+        state.write_checkpoint(
+            folder,
+            model=trainee.detector.state_dict(),
+            ema=trainee.ema.module.state_dict(),
+            progress=progress,
+            config=config,
+            classes=train.index.classes,
+            metrics=metrics,
+        )
+
+    return write
+
+
+def _evaluate(
+    trainee: Trainee, recipe: Recipe, val: DetectionDataset, runtime: Runtime
+) -> dict[str, float]:
+    return evaluate(
+        trainee.ema.module,
+        val,
+        trainee.anchors,
+        recipe.evaluation,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        batch_size=recipe.evaluation_batch,
+        workers=recipe.loader_workers,
+        device=runtime.device,
+        autocast=trainee.autocast,
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The device's peak on a GPU, the process's peak resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""What was asked: schema, strict codec, command line."""

@@ -1,0 +1,119 @@
+"""One configuration for a training job; the same tree is what a sweep's dotted paths point into.
+
+Sections that belong to a package below are defined there, beside what they configure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.data.shapes import ShapesConfig
+from model.data.transforms import AugmentConfig
+from model.detection.loss import LossConfig
+from model.detection.postprocess import PostprocessConfig
+from model.network.scaling import ModelConfig
+from model.training.config import OptimConfig, TrainConfig
+
+DEMO = "shapes"
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """One split, where finding it by itself is not enough.
+
+    annotations: COCO instances json; images: folder of its images; first: keep the images with the
+    N lowest ids.
+    """
+
+    annotations: str | None = None
+    images: str | None = None
+    first: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """root: a folder with a COCO-format dataset, or "shapes" for the generated demo.
+
+    classes: names to keep, all where None. loader_workers: processes that decode, per training
+    worker (None: 0 on a CPU, up to 8 beside a GPU). check: how many images are decoded before the
+    start ("sample" is up to 256).
+    """
+
+    root: str = DEMO
+    train: SplitConfig = field(default_factory=SplitConfig)
+    val: SplitConfig = field(default_factory=SplitConfig)
+    classes: tuple[str, ...] | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    loader_workers: int | None = None
+    check: Literal["sample", "all", "none"] = "sample"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(PostprocessConfig):
+    """How detections are made and scored; batch_size: images at once on each worker."""
+
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """uri: where checkpoints go (None: beside the MLflow run's artifacts).
+
+    Kept: the `keep_latest` newest and the `keep_best` best by `metric`.
+    """
+
+    uri: str | None = None
+    keep_latest: int = 2
+    keep_best: int = 1
+    metric: str = "val/AP"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Who runs it. workers: training processes. gpus_per_worker: None is 1 where there are GPUs.
+
+    cpus_per_worker: reserved for each (None: an even share of a local machine, else 1).
+    max_failures: restarts of the worker group before the run is given up.
+    collective_timeout_s: how long a rank waits for the others before the group is restarted.
+    """
+
+    launcher: Literal["ray", "local"] = "ray"
+    workers: int = 1
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float | None = None
+    max_failures: int = 3
+    collective_timeout_s: int = 1800
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """uri: an MLflow server or database (None: sqlite in the output folder)."""
+
+    uri: str | None = None
+    experiment: str = "efficientdet"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """name: what the run is called (None: dataset and phi). output: local folder for everything."""
+
+    name: str | None = None
+    output: str = "runs"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A whole training job."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,1 @@
+"""Who runs it: Ray Train, plain python or torchrun."""

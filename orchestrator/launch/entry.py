@@ -1,0 +1,44 @@
+"""What all jobs share: one line for a user's mistake, one json line for a machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from orchestrator.config.cli import Options
+from orchestrator.errors import UserError
+
+Config = TypeVar("Config")
+
+USER_ERROR = 2
+
+
+class Result(Protocol):
+    """Exit code and what --json prints."""
+
+    @property
+    def code(self) -> int: ...
+
+    @property
+    def report(self) -> dict[str, object]: ...
+
+
+def run_job(
+    parse: Callable[[], tuple[Config, Options]], run: Callable[[Config, Options], Result]
+) -> int:
+    """Exit code: 0 done, 1 failed, 2 a mistake in what was asked (one line says which)."""
+    wants_json = "--json" in sys.argv
+    try:
+        config, options = parse()
+        result = run(config, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if wants_json:
+            print(json.dumps({"status": "refused", "error": str(error)}))
+        return USER_ERROR
+    sys.stdout.flush()
+    if options.json:
+        print(json.dumps(result.report), flush=True)
+    return result.code

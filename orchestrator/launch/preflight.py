@@ -1,0 +1,193 @@
+"""Everything that can be known to fail is found here, before a GPU is taken."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model.data.folder import FolderReader, missing_images
+from model.data.index import CocoIndex
+from model.data.lint import check_images
+from model.detection.anchors import make_anchors
+from model.network.footprint import GIB, activation_bytes
+from orchestrator.config.schema import TrainJob
+from orchestrator.errors import ClusterError, ConfigError, DataError
+from orchestrator.launch.resolve import Derived, ResolvedJob, Split
+
+BASE_BYTES = 1.2 * GIB  # an idle worker: Python, torch, its libraries
+COPIES_OF_WEIGHTS = 4  # weights, gradients, momentum, average
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What training will run on. memory_bytes of one device, None where it cannot be seen."""
+
+    gpus_per_worker: float
+    cpus_per_worker: float
+    device_kind: str
+    memory_bytes: int | None
+
+
+def describe_model(resolved: ResolvedJob, derived: Derived) -> list[tuple[str, str]]:
+    """Every derived number, before step 0."""
+    spec, job = resolved.recipe.network, resolved.job
+    schedule, cost = derived.schedule, derived.cost
+    weights = "ImageNet" if resolved.recipe.pretrained else "random weights"
+    lr = job.optim.lr_per_64 * job.train.batch_size / 64
+    return [
+        ("network", f"EfficientDet-D{spec.phi}: {spec.backbone} ({weights}), {spec.image_size_px} px, "
+         f"{spec.fpn_channels} channels, {spec.fpn_repeats} repeats of {spec.topology}, "
+         f"{spec.head_layers} head layers, fusion {spec.fusion}, levels P{spec.min_level}-P{spec.max_level}, "
+         f"anchor scale {spec.anchor_scale:g}"),
+        ("cost", f"{cost.params:,} parameters, {cost.gmacs:.3f} GMACs an image"),
+        ("schedule", f"{schedule.total} steps of {job.train.batch_size} images "
+         f"({schedule.total / schedule.steps_per_epoch:.1f} epochs of {schedule.steps_per_epoch} steps), "
+         f"warm-up {schedule.warmup}, evaluation every {schedule.evaluate_every}"),
+        ("learning rate", f"{lr:g} ({job.optim.lr_per_64:g} for 64 images), "
+         f"SGD momentum {job.optim.momentum:g}, weight decay {job.optim.weight_decay:g}"),
+        ("batch", derived.plan.describe()),
+    ]  # fmt: skip
+
+
+def describe_data(split: Split, index: CocoIndex, name: str, checked: int) -> tuple[str, str]:
+    counts = ", ".join(f"{number} {kind}" for kind, number in index.counts.items() if number)
+    look = f"; {checked} images decoded" if checked else ""
+    where = f"{split.annotations} with images in {split.images}"
+    return name, f"{counts}, {index.classes.num_classes} classes{look}; {where}"
+
+
+def check_data(split: Split, index: CocoIndex, job: TrainJob) -> int:
+    """Images there and readable; how many were decoded.
+
+    Raises:
+        DataError
+    """
+    missing = missing_images(index, split.images)
+    if missing:
+        raise DataError(
+            f"image {missing[0]}", f"a file in {split.images}",
+            f"none ({len(missing)} of {len(index)} images are missing)",
+            "add the images, or take them out of the json",
+        )  # fmt: skip
+    if job.data.check == "none":
+        return 0
+    return check_images(index, FolderReader(split.images), everything=job.data.check == "all")
+
+
+def choose_hardware(job: TrainJob, *, cpus: float, gpus: float, local: bool) -> Hardware:
+    """Raises ClusterError where the cluster can never give what is asked for."""
+    launch = job.launch
+    per_worker = launch.gpus_per_worker
+    if per_worker is None:
+        per_worker = 1.0 if gpus >= 1 else 0.0
+    if per_worker * launch.workers > gpus:
+        raise ClusterError(
+            "launch.gpus_per_worker", f"at most {gpus:g} GPUs for {launch.workers} worker(s)",
+            f"{per_worker:g} each", "lower it (0 trains on the CPU), or add GPUs",
+        )  # fmt: skip
+    cores = launch.cpus_per_worker or 1.0
+    if not local and cores * launch.workers > cpus:
+        raise ClusterError(
+            "launch.workers", f"at most {cpus:g} CPUs for all workers",
+            f"{launch.workers} x {cores:g}", "ask for fewer workers, or add nodes",
+        )  # fmt: skip
+    kind, memory = ("GPU", None) if per_worker > 0 else ("CPU", _host_memory_bytes())
+    if per_worker > 0 and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    return Hardware(per_worker, cores, kind, memory)
+
+
+def check_memory(
+    resolved: ResolvedJob, derived: Derived, hardware: Hardware, workers_on_node: int
+) -> tuple[str, str]:
+    """Saved activations of the images held at once, and four copies of the weights.
+
+    Raises:
+        ConfigError: more than the device has, with the number of images that would fit.
+    """
+    precision = resolved.job.train.precision
+    half = precision == "bf16" or (precision == "auto" and hardware.device_kind == "GPU")
+    per_image = activation_bytes(resolved.recipe.network, half_precision=half)
+    fixed = derived.cost.params * 4 * COPIES_OF_WEIGHTS + BASE_BYTES
+    images = derived.plan.images_at_once()
+    needed = fixed + per_image * images
+    text = f"about {needed / GIB:.1f} GiB a worker ({per_image / GIB:.2f} GiB an image, {images} at once)"
+    if hardware.memory_bytes is None:
+        return "memory", text
+    sharing = workers_on_node if hardware.device_kind == "CPU" else 1
+    available = hardware.memory_bytes / sharing
+    if needed > available:
+        fitting = max(0, int((available - fixed) // per_image))
+        remedy = (
+            f"{fitting} image(s) fit: set train.bn_group {fitting} or lower, or train.batch_size"
+            if fitting
+            else "choose a smaller --phi or --image-size"
+        )
+        raise ConfigError(
+            "train.bn_group", f"a worker to need at most {available / GIB:.1f} GiB", text, remedy
+        )
+    return "memory", f"{text}, {available / GIB:.1f} GiB there ({hardware.device_kind})"
+
+
+def anchor_recall(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) -> float:
+    """Share of training boxes, as the network sees them unaugmented, that an anchor covers at 0.5."""
+    from model.detection.boxes import pairwise_iou
+
+    spec = resolved.recipe.network
+    real = ~index.crowd
+    owner = torch.repeat_interleave(
+        torch.arange(len(index)), torch.from_numpy(index.offsets).diff()
+    ).numpy()[real]
+    scale = spec.image_size_px / index.sizes_hw[owner].max(axis=1, keepdims=True)
+    boxes = torch.from_numpy(index.boxes_xyxy[real] * scale).float()
+    if len(boxes) > limit:
+        boxes = boxes[torch.linspace(0, len(boxes) - 1, limit).long()]
+    anchors = make_anchors(spec)
+    covered = [(pairwise_iou(part, anchors).amax(dim=1) >= 0.5) for part in boxes.split(64)]
+    return float(torch.cat(covered).float().mean()) if covered else 0.0
+
+
+def fetch_backbone(resolved: ResolvedJob) -> None:
+    """Bring pretrained weights into the cache once, before workers ask for them all together.
+
+    Raises:
+        ConfigError: they cannot be had.
+    """
+    from model.network.backbone import Backbone
+
+    spec = resolved.recipe.network
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    Backbone(spec.backbone, pretrained=True, drop_path=spec.drop_path)
+
+
+def _host_memory_bytes() -> int:
+    total: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:  # a container's limit, where there is one
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+        return total if limit == "max" else min(total, int(limit))
+    except OSError:
+        return total
+
+
+def as_params(resolved: ResolvedJob, derived: Derived) -> dict[str, Any]:
+    """Configuration and derived numbers for the tracker, flat."""
+    from orchestrator.config.codec import flatten
+
+    config = resolved.config()
+    flat = flatten(config.pop("job")) | flatten({"network": config["network"]})
+    return flat | {
+        "derived.params": derived.cost.params,
+        "derived.gmacs": round(derived.cost.gmacs, 4),
+        "derived.total_steps": derived.schedule.total,
+        "derived.steps_per_epoch": derived.schedule.steps_per_epoch,
+        "derived.warmup_steps": derived.schedule.warmup,
+        "derived.bn_group": resolved.recipe.bn_group,
+        "derived.pretrained": resolved.recipe.pretrained,
+        "derived.train_images": derived.num_train,
+        "derived.val_images": derived.num_val,
+    }

@@ -1,0 +1,180 @@
+"""Ray behind the seam: workers of a TorchTrainer, and the cluster they run on."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Ray decides about these when it is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import ray.train
+from ray.train.torch import get_device
+
+from model.training.runtime import (
+    CheckpointStore,
+    ProcessGroupRuntime,
+    agree,
+    set_threads,
+)
+from orchestrator.errors import ClusterError
+from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, train
+from orchestrator.storage.filesystems import reason
+
+EXCLUDES = [".git", ".venv", "runs", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+POLL_S = 0.25
+
+
+class RayRuntime(ProcessGroupRuntime):
+    """One worker of a TorchTrainer."""
+
+    def __init__(
+        self, *, store: CheckpointStore | None, sink: Callable[[int, Mapping[str, float]], None]
+    ) -> None:
+        context = ray.train.get_context()
+        set_threads(context.get_local_world_size())
+        super().__init__(
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=get_device(),
+            store=store,
+            sink=sink,
+        )
+
+    def stop_reason(self) -> str | None:
+        """A node that is about to be taken away."""
+        preempted = ray.train.get_preemption_info() is not None
+        return "preempted" if agree(int(preempted), self.device) else None
+
+
+def train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """`train_loop_per_worker`: the same work as under any launcher."""
+    assignment: Assignment = config["assignment"]
+    board = RemoteBoard(config["board"])
+    store = open_store(assignment, board.say)
+    rank = ray.train.get_context().get_world_rank()
+    recorder = Recorder(assignment, board) if rank == 0 else None
+    runtime = RayRuntime(store=store, sink=recorder or (lambda step, metrics: None))
+    try:
+        return train(assignment, runtime, board)
+    finally:
+        if recorder is not None:
+            recorder.close()
+
+
+class RemoteBoard:
+    """Passes what happens to the driver; calls return at once and their failure is nobody's."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.actor.put.remote(("log", step, dict(metrics)))
+
+    def say(self, text: str) -> None:
+        self.actor.put.remote(("say", text))
+
+
+class _Mailbox:
+    """Actor: keeps events until the driver takes them."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def put(self, event: tuple[Any, ...]) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        events, self.events = self.events, []
+        return events
+
+
+@contextmanager
+def mailbox(board: Board) -> Iterator[Any]:
+    """An actor handle for workers; a thread here shows what arrives on `board`."""
+    actor: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
+    done = threading.Event()
+
+    def show() -> None:
+        while True:
+            last = done.wait(POLL_S)
+            try:
+                events = ray.get(actor.take.remote(), timeout=30)
+            except ray.exceptions.RayError:
+                return  # the cluster is going; the run's own error says why
+            for kind, *content in events:
+                if kind == "log":
+                    board.log(*content)
+                else:
+                    board.say(*content)
+            if last and not events:
+                return
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is there. embedded: started by this process and gone with it."""
+
+    embedded: bool
+    cpus: float
+    gpus: float
+    nodes: int
+    address: str
+
+
+def connect(root: Path) -> Cluster:
+    """Join the cluster of RAY_ADDRESS (a submitted job has one), or start one on this machine.
+
+    Workers get the code of `root`: by path here, as an uploaded package elsewhere, unless the job
+    was submitted with a working directory of its own.
+
+    Raises:
+        ClusterError: the address does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+        environment = submitted.get("runtime_env") or {}
+        if not environment.get("working_dir"):
+            common["runtime_env"] = {"working_dir": str(root), "excludes": EXCLUDES}
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ClusterError(
+                "RAY_ADDRESS", "a Ray cluster that answers", f"{address} ({reason(error)})",
+                "correct it (and RAY_AUTH_TOKEN), or unset it for a local cluster",
+            ) from None  # fmt: skip
+    else:
+        ray.init(
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
+            **common,
+        )
+    resources = ray.cluster_resources()
+    return Cluster(
+        embedded=not address,
+        cpus=float(resources.get("CPU", 0)),
+        gpus=float(resources.get("GPU", 0)),
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+        address=str(ray.get_runtime_context().gcs_address),
+    )

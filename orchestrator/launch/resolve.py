@@ -1,0 +1,250 @@
+"""From what was asked to what will run: every default filled in once, on the driver.
+
+The result is plain data that travels to the workers; nothing is decided there again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.data.dataset import DetectionDataset
+from model.data.folder import FolderReader, SplitPaths, find_images, find_split
+from model.data.index import CocoIndex, parse_coco
+from model.data.sampler import BatchPlan, default_group_size, plan_batch
+from model.data.shapes import ensure_shapes
+from model.network.footprint import NetworkCost, network_cost
+from model.network.scaling import resolve
+from model.training.config import Recipe
+from model.training.state import network_config
+from model.training.step import Schedule
+from orchestrator.config.codec import encode
+from orchestrator.config.schema import DEMO, SplitConfig, TrainJob
+from orchestrator.errors import ConfigError, DataError
+
+RAY_PACKAGE = "_ray_pkg_"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a split's annotations and images lie, absolute; first: keep the lowest N ids."""
+
+    annotations: Path
+    images: Path
+    first: int | None
+
+    def index(self, classes: tuple[str, ...] | None) -> CocoIndex:
+        """Raises DataError: see `model.data.index.parse_coco`."""
+        try:
+            text = self.annotations.read_bytes()
+        except OSError as error:
+            raise DataError(
+                "data", "an annotation file", f"{self.annotations} ({error.strerror})",
+                "name it: --set data.train.annotations=PATH",
+            ) from None  # fmt: skip
+        index = parse_coco(text, self.annotations.name, classes)
+        return index.first(self.first) if self.first else index
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job with nothing left open. Picklable."""
+
+    job: TrainJob
+    recipe: Recipe
+    train: Split
+    val: Split
+    output: Path
+    name: str
+    notes: tuple[str, ...]
+
+    def config(self) -> dict[str, Any]:
+        """What is stored with checkpoints and the run."""
+        return {
+            "job": encode(self.job),
+            "network": network_config(self.recipe.network),
+            "bn_group": self.recipe.bn_group,
+            "pretrained": self.recipe.pretrained,
+        }
+
+    def key(self) -> str:
+        """The same for the same name and training, however many workers run it."""
+        asked = encode(self.job)
+        same = {k: asked[k] for k in ("model", "data", "train", "optim", "loss", "evaluation")}
+        text = json.dumps([self.name, same, self.config()["network"]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def datasets(self) -> tuple[DetectionDataset, DetectionDataset]:
+        """Training and validation data, read anew."""
+        data, recipe = self.job.data, self.recipe
+
+        def dataset(split: Split) -> DetectionDataset:
+            return DetectionDataset(
+                split.index(data.classes), FolderReader(split.images),
+                recipe.network.image_size_px, recipe.augment, recipe.train.seed,
+            )  # fmt: skip
+
+        train = dataset(self.train)
+        return train, train if self.val == self.train else dataset(self.val)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Numbers that follow from a job and its data; printed and logged before step 0."""
+
+    cost: NetworkCost
+    plan: BatchPlan
+    schedule: Schedule
+    num_train: int
+    num_val: int
+
+
+def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
+    """Find the data, fix every dimension.
+
+    Raises:
+        UserError: anything that could not work.
+    """
+    output, notes = output_folder(job)
+    train, val, more = _splits(job, output)
+    notes += more
+    train_index = train.index(job.data.classes)
+    val_index = train_index if val == train else val.index(job.data.classes)
+    if val_index.classes != train_index.classes:
+        raise DataError(
+            f"{val.annotations.name}", f"the categories of {train.annotations.name}",
+            "another list", "export both splits from the same categories",
+        )  # fmt: skip
+    for index in (train_index, val_index):
+        if not len(index):
+            raise DataError(index.name, "at least one image", "none", "add images")
+    if not len(train_index.labels):
+        raise DataError(train_index.name, "at least one box", "none", "annotate some images")
+
+    spec = resolve(job.model, train_index.classes.num_classes)
+    demo = job.data.root == DEMO and job.data.train.annotations is None
+    pretrained = not demo if job.model.pretrained == "auto" else job.model.pretrained == "yes"
+    group = job.train.bn_group or default_group_size(job.train.batch_size, job.model.phi)
+    recipe = Recipe(
+        network=spec,
+        pretrained=pretrained,
+        train=job.train,
+        optim=job.optim,
+        loss=job.loss,
+        augment=job.data.augment,
+        evaluation=job.evaluation,
+        evaluation_batch=job.evaluation.batch_size,
+        loader_workers=job.data.loader_workers or 0,
+        bn_group=group,
+    )
+    name = job.run.name or f"{Path(job.data.root).name}-d{job.model.phi}"
+    _check_numbers(job)
+    resolved = ResolvedJob(job, recipe, train, val, output, name, tuple(notes))
+    return resolved, train_index, val_index
+
+
+def derive(resolved: ResolvedJob, num_train: int, num_val: int) -> Derived:
+    """Raises ConfigError where batch, groups and workers do not fit together."""
+    train = resolved.job.train
+    if num_train < train.batch_size:
+        raise ConfigError(
+            "train.batch_size", f"at most the {num_train} training images",
+            str(train.batch_size), "lower it or add images",
+        )  # fmt: skip
+    plan = plan_batch(
+        train.batch_size, resolved.recipe.bn_group, resolved.job.launch.workers,
+        train.max_images_at_once,
+    )  # fmt: skip
+    spec = resolved.recipe.network
+    if plan.group_size == 1 and spec.level_sizes_px()[spec.max_level] == 1:
+        raise ConfigError(
+            "train.bn_group", f"at least 2 (level P{spec.max_level} is one cell at "
+            f"{spec.image_size_px} px)", "1", "choose a larger group or image size",
+        )  # fmt: skip
+    schedule = Schedule.of(resolved.recipe, num_train)
+    return Derived(network_cost(resolved.recipe.network), plan, schedule, num_train, num_val)
+
+
+def output_folder(job: TrainJob) -> tuple[Path, list[str]]:
+    """Absolute. A relative one inside Ray's unpacked copy of the code would go with the job."""
+    output = Path(job.run.output).expanduser()
+    if not output.is_absolute() and RAY_PACKAGE in str(Path.cwd()):
+        output = Path(os.environ.get("HOME", "/tmp")) / "efficientdet" / output
+        return output, [f"submitted as a Ray job: output goes to {output}"]
+    return output.absolute(), []
+
+
+def _splits(job: TrainJob, output: Path) -> tuple[Split, Split, list[str]]:
+    data, notes = job.data, []
+    root = Path(data.root).expanduser()
+    if data.root == DEMO and not root.is_dir() and data.train.annotations is None:
+        root = output / "data" / DEMO
+        try:
+            made = ensure_shapes(root, data.shapes)
+        except (FileExistsError, OSError) as error:
+            raise DataError(
+                "data.shapes", "room for the demo dataset", str(error),
+                "remove it or choose another --output",
+            ) from None  # fmt: skip
+        notes.append(f"demo dataset shapes {'drawn' if made else 'found'} in {root}")
+    train = _split(data.train, root, "train")
+    if train is None:
+        raise DataError(
+            "data.root", "annotations/*train*.json", f"none in {root}",
+            "see the README for the layouts, or --set data.train.annotations=PATH",
+        )  # fmt: skip
+    val = _split(data.val, root, "val")
+    if val is None:
+        notes.append("no *val*.json found: evaluating on the TRAINING images")
+        val = train
+    return train, val, notes
+
+
+def _split(config: SplitConfig, root: Path, name: str) -> Split | None:
+    if config.annotations is None:
+        if config.images is not None:
+            raise ConfigError(
+                f"data.{name}.annotations", f"a path beside data.{name}.images", "nothing",
+                f"--set data.{name}.annotations=PATH",
+            )  # fmt: skip
+        found = find_split(root.absolute(), name)
+        if found is None:
+            return None
+    else:
+        annotations = Path(config.annotations).expanduser().absolute()
+        if not annotations.is_file():
+            raise DataError(
+                f"data.{name}.annotations", "a json file", f"none at {annotations}", "correct it"
+            )
+        if config.images is None:
+            found = SplitPaths(
+                annotations, find_images(annotations.parent.parent, annotations, name, name)
+            )
+        else:
+            found = SplitPaths(annotations, Path(config.images).expanduser().absolute())
+    if not found.images.is_dir():
+        raise DataError(f"data.{name}.images", "a folder", f"none at {found.images}", "correct it")
+    return Split(found.annotations, found.images, config.first)
+
+
+def _check_numbers(job: TrainJob) -> None:
+    """Ranges that types cannot express."""
+    augment = job.data.augment
+    for where, ok, expected, got in (
+        ("launch.workers", job.launch.workers >= 1, "at least 1", job.launch.workers),
+        ("train.log_every_steps", job.train.log_every_steps >= 1, "at least 1", job.train.log_every_steps),
+        ("optim.lr_per_64", job.optim.lr_per_64 > 0, "a positive number", job.optim.lr_per_64),
+        ("optim.ema_decay", 0 <= job.optim.ema_decay < 1, "0 <= decay < 1", job.optim.ema_decay),
+        ("optim.momentum", 0 <= job.optim.momentum < 1, "0 <= momentum < 1", job.optim.momentum),
+        ("data.augment.flip", 0 <= augment.flip <= 1, "a probability", augment.flip),
+        ("data.augment.jitter_min", 0 < augment.jitter_min <= augment.jitter_max,
+         "0 < jitter_min <= jitter_max", f"{augment.jitter_min}..{augment.jitter_max}"),
+        ("checkpoint.keep_latest", job.checkpoint.keep_latest >= 1, "at least 1", job.checkpoint.keep_latest),
+        ("launch.max_failures", job.launch.max_failures >= 0, "at least 0", job.launch.max_failures),
+    ):  # fmt: skip
+        if not ok:
+            raise ConfigError(where, expected, str(got))

@@ -1,0 +1,391 @@
+"""A training job from command line to final table: resolve, check, record, run, report."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from orchestrator.config.cli import Options
+from orchestrator.config.schema import TrainJob
+from orchestrator.errors import ClusterError, ConfigError, DivergedError, UserError
+from orchestrator.launch import preflight
+from orchestrator.launch.progress import Progress, duration, print_table
+from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
+from orchestrator.launch.worker import Assignment, Recorder, open_store, train
+from orchestrator.records.provenance import provenance
+from orchestrator.records.tracker import CHECKPOINTS, TrackedRun, Tracker
+from orchestrator.storage.checkpoints import CheckpointStore
+from orchestrator.storage.filesystems import check_writable, open_place
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. code: 0 finished, 1 failed, 130 interrupted."""
+
+    code: int
+    report: dict[str, Any]
+
+
+def run_train_job(job: TrainJob, options: Options, out: TextIO | None = None) -> Outcome:
+    """Train as asked.
+
+    Raises:
+        UserError: found before anything expensive started, or in the data meanwhile.
+    """
+    out = out or sys.stdout
+    began = time.monotonic()
+    _check_launcher(job)
+    resolved, train_index, val_index = resolve_job(job)
+    derived = derive(resolved, len(train_index), len(val_index))
+    rows = preflight.describe_model(resolved, derived)
+    for split, index, name in (
+        (resolved.train, train_index, "train data"),
+        (resolved.val, val_index, "val data"),
+    ):
+        checked = preflight.check_data(split, index, job)
+        rows.append(preflight.describe_data(split, index, name, checked))
+    recall = preflight.anchor_recall(resolved, train_index)
+    rows.append(
+        ("anchor recall", f"{recall:.1%} of training boxes overlap an anchor by half or more")
+    )
+    check_writable(open_place(str(resolved.output), "run.output"), "run.output")
+    if job.checkpoint.uri is not None:
+        check_writable(open_place(job.checkpoint.uri, "checkpoint.uri"), "checkpoint.uri")
+    uri = job.tracking.uri or f"sqlite:///{resolved.output / 'mlflow.db'}"
+    tracker = Tracker(uri, job.tracking.experiment, resolved.output / "artifacts")
+    rows.append(("tracker", f"{uri}, experiment {job.tracking.experiment}"))
+
+    with _Launcher.of(job) as launcher:
+        hardware = preflight.choose_hardware(
+            job, cpus=launcher.cpus, gpus=launcher.gpus, local=job.launch.launcher == "local"
+        )
+        rows.append(("hardware", launcher.describe(hardware)))
+        per_node = -(-job.launch.workers // launcher.nodes)
+        rows.append(preflight.check_memory(resolved, derived, hardware, per_node))
+        resolved = _with_loader_workers(resolved, hardware)
+        continues = options.resume != "never" and tracker.find_unfinished(resolved.key())
+        if resolved.recipe.pretrained and not continues:
+            preflight.fetch_backbone(resolved)
+        rows += [("note", note) for note in resolved.notes]
+        print_table(f"preflight of {resolved.name}", rows, out)
+        if options.dry_run:
+            return Outcome(0, _report(resolved, derived, "dry run", None, None, {}))
+
+        with _only_one(resolved):
+            run = tracker.open_run(name=resolved.name, key=resolved.key(), resume=options.resume)
+            return _run_tracked(resolved, derived, hardware, launcher, tracker, run, began, out)
+
+
+def _run_tracked(
+    resolved: ResolvedJob,
+    derived: Derived,
+    hardware: preflight.Hardware,
+    launcher: _Launcher,
+    tracker: Tracker,
+    run: TrackedRun,
+    began: float,
+    out: TextIO,
+) -> Outcome:
+    assignment = Assignment(resolved, run, _checkpoints_uri(resolved, run))
+    tags = provenance(ROOT) | {CHECKPOINTS: assignment.checkpoints_uri}
+    tracker.describe(run.run_id, preflight.as_params(resolved, derived), tags)
+    tracker.log_dict(run.run_id, resolved.config(), "config.yaml")
+    progress = Progress(
+        total_steps=derived.schedule.total,
+        steps_per_epoch=derived.schedule.steps_per_epoch,
+        metric=resolved.job.checkpoint.metric,
+        stream=out,
+    )
+    store = open_store(assignment, progress.say)
+    check_writable(store.place, "checkpoint.uri")
+    if run.continued:
+        steps = store.steps()
+        at = f"from step {steps[-1]}" if steps else "from its start, it has no checkpoint"
+        progress.say(f"continuing unfinished run {run.run_id} {at} (--fresh starts a new one)")
+    status, outcome, code = "FAILED", "failed", 1
+    result: dict[str, Any] = {}
+    try:
+        with _interruptible():
+            result = launcher.run(assignment, hardware, progress)
+        diverged = result.get("diverged")
+        if isinstance(diverged, DivergedError):
+            outcome = "diverged"
+            progress.close()
+            print(f"diverged: {diverged}", file=sys.stderr)
+        elif result["stopped"]:
+            status, outcome, code = "KILLED", f"stopped: {result['stopped']}", 130
+        else:
+            status, outcome, code = "FINISHED", "finished", 0
+    except KeyboardInterrupt:
+        status, outcome, code = "KILLED", "interrupted", 130
+    finally:
+        progress.close()
+        tracker.end(run.run_id, status=status, outcome=outcome)
+    report = _report(resolved, derived, outcome, run, store, result)
+    _print_summary(resolved, report, tracker, began, out)
+    return Outcome(code, report)
+
+
+def _report(
+    resolved: ResolvedJob,
+    derived: Derived,
+    status: str,
+    run: TrackedRun | None,
+    store: CheckpointStore | None,
+    result: dict[str, Any],
+) -> dict[str, Any]:
+    """What `--json` prints."""
+    steps = store.steps() if store is not None else []
+    best = store.best() if store is not None else None
+    return {
+        "status": status,
+        "run_id": run.run_id if run else None,
+        "tracking_uri": run.tracking_uri if run else None,
+        "checkpoint": store.uri(steps[-1]) if store and steps else None,
+        "best_checkpoint": store.uri(best) if store and best is not None else None,
+        "step": result.get("step", steps[-1] if steps else 0),
+        "metrics": result.get("metrics", {}),
+        "img_per_s": result.get("img_per_s"),
+        "peak_memory_gib": round(result.get("peak_memory_bytes", 0) / 2**30, 3) or None,
+        "params": derived.cost.params,
+        "gmacs": round(derived.cost.gmacs, 4),
+        "resolved": resolved.config(),
+    }
+
+
+def _print_summary(
+    resolved: ResolvedJob, report: dict[str, Any], tracker: Tracker, began: float, out: TextIO
+) -> None:
+    metrics = report["metrics"]
+    scores = [
+        f"{key.removeprefix('val/')} {metrics[key]:.3f}"
+        for key in ("val/AP", "val/AP50", "val/AP75", "val/APs", "val/APm", "val/APl")
+        if key in metrics
+    ]
+    rows = [
+        (
+            "status",
+            f"{report['status']} at step {report['step']}, {duration(time.monotonic() - began)} in all",
+        )
+    ]
+    if scores:
+        rows.append(("validation", "  ".join(scores)))
+    if report["img_per_s"]:
+        memory = report["peak_memory_gib"]
+        rows.append(("speed", f"{report['img_per_s']:.1f} images/s, peak memory {memory:.1f} GiB"))
+    for name in ("checkpoint", "best_checkpoint"):
+        if report[name]:
+            rows.append((name.replace("_", " "), str(report[name])))
+    rows.append(("run", f"{report['run_id']} in {tracker.uri}"))
+    if report["status"] != "finished":
+        rows.append(("go on", "run the same command again: it continues this run"))
+    if tracker.uri.startswith("sqlite"):
+        mlflow = Path(sys.executable).with_name("mlflow")
+        shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
+        rows.append(
+            (
+                "look at it",
+                f"{shown} ui --backend-store-uri {tracker.uri}  then http://127.0.0.1:5000 (choose Model training)",
+            )
+        )
+    else:
+        rows.append(
+            (
+                "look at it",
+                f"{tracker.uri}/#/experiments/{tracker.experiment_id}/runs/{report['run_id']}",
+            )
+        )
+    print_table(resolved.name, rows, out)
+
+
+class _Launcher:
+    """Ray or this process. cpus, gpus, nodes: what there is to train on."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+
+    @staticmethod
+    def of(job: TrainJob) -> _Launcher:
+        return _RayLauncher() if job.launch.launcher == "ray" else _LocalLauncher()
+
+    def __enter__(self) -> _Launcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def describe(self, hardware: preflight.Hardware) -> str:
+        raise NotImplementedError
+
+    def run(
+        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class _LocalLauncher(_Launcher):
+    """Plain python: for debugging, and the reference that Ray's numbers are held to."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.cpus = float(len(os.sched_getaffinity(0)))
+        self.gpus, self.nodes = float(torch.cuda.device_count()), 1
+
+    def describe(self, hardware: preflight.Hardware) -> str:
+        return f"this process, {hardware.device_kind}"
+
+    def run(
+        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+    ) -> dict[str, Any]:
+        import torch
+
+        from model.training.runtime import LocalRuntime
+
+        recorder = Recorder(assignment, progress)
+        device = torch.device("cpu") if hardware.gpus_per_worker == 0 else None
+        runtime = LocalRuntime(
+            store=open_store(assignment, progress.say), sink=recorder, device=device
+        )
+        try:
+            return train(assignment, runtime, progress)
+        finally:
+            recorder.close()
+
+
+class _RayLauncher(_Launcher):
+    """A TorchTrainer on the cluster of RAY_ADDRESS, or on one started here."""
+
+    def __enter__(self) -> _Launcher:
+        from orchestrator.launch import ray_runtime
+
+        self.cluster = ray_runtime.connect(ROOT)
+        self.cpus, self.gpus, self.nodes = (
+            self.cluster.cpus,
+            self.cluster.gpus,
+            self.cluster.nodes,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def describe(self, hardware: preflight.Hardware) -> str:
+        where = "a Ray started here" if self.cluster.embedded else f"Ray at {self.cluster.address}"
+        there = f"{self.nodes} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+        return f"{where}: {there}; training on {hardware.device_kind}"
+
+    def run(
+        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+    ) -> dict[str, Any]:
+        from orchestrator.launch import ray_runtime, supervisor
+
+        with ray_runtime.mailbox(progress) as board:
+            return supervisor.run_trainer(
+                {"assignment": assignment, "board": board},
+                assignment.resolved.job.launch,
+                gpus_per_worker=hardware.gpus_per_worker,
+                cpus_per_worker=hardware.cpus_per_worker,
+                name=assignment.run.run_id,
+                storage_path=_ray_storage(assignment, self.nodes),
+                say=progress.say,
+            )
+
+
+def _ray_storage(assignment: Assignment, nodes: int) -> str:
+    """Ray Train's own notes on a run; checkpoints are not among them.
+
+    Raises:
+        ClusterError: several nodes but only a local folder.
+    """
+    place = open_place(assignment.checkpoints_uri, "checkpoint.uri")
+    if place.local is None:
+        return place.uri.rsplit("/", 1)[0] + "/ray"
+    if nodes > 1 and assignment.resolved.job.launch.workers > 1:
+        shared = assignment.resolved.job.checkpoint.uri is not None
+        if not shared:
+            raise ClusterError(
+                "checkpoint.uri", f"a place that all {nodes} nodes can reach",
+                f"the local folder {place.path}",
+                "give s3://… or a shared folder: --set checkpoint.uri=URI",
+            )  # fmt: skip
+    return str(assignment.resolved.output / "ray")
+
+
+def _checkpoints_uri(resolved: ResolvedJob, run: TrackedRun) -> str:
+    """Beside the run's artifacts where this process can write there, so that MLflow shows them."""
+    if resolved.job.checkpoint.uri is not None:
+        return f"{resolved.job.checkpoint.uri.rstrip('/')}/{run.run_id}"
+    if run.artifact_uri.startswith("mlflow-artifacts:"):  # behind the server's proxy
+        return str(resolved.output / "checkpoints" / run.run_id)
+    return f"{run.artifact_uri.rstrip('/')}/checkpoints"
+
+
+def _with_loader_workers(resolved: ResolvedJob, hardware: preflight.Hardware) -> ResolvedJob:
+    """Decoding processes beside a GPU; on a CPU they would only take cores from training."""
+    if resolved.job.data.loader_workers is not None:
+        return resolved
+    cores = int(hardware.cpus_per_worker) if hardware.cpus_per_worker > 1 else 8
+    workers = min(8, cores) if hardware.device_kind == "GPU" else 0
+    return replace(resolved, recipe=replace(resolved.recipe, loader_workers=workers))
+
+
+def _check_launcher(job: TrainJob) -> None:
+    torchrun = int(os.environ.get("WORLD_SIZE", "1"))
+    if job.launch.launcher == "ray" and torchrun > 1:
+        raise ConfigError("launch.launcher", "local under torchrun", "ray", "add --launcher local")
+    if job.launch.launcher == "local" and job.launch.workers != torchrun:
+        raise ConfigError(
+            "launch.workers", f"{torchrun}, the processes there are", str(job.launch.workers),
+            f"start them with torchrun --nproc-per-node {job.launch.workers}, or let Ray do it",
+        )  # fmt: skip
+
+
+@contextmanager
+def _only_one(resolved: ResolvedJob) -> Iterator[None]:
+    """Two processes must not continue the same run. The lock goes with the process, even killed."""
+    path = resolved.output / "locks" / f"{resolved.key()}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                "run.name", "a run that is not active", f"{resolved.name!r}, run by process {file.read().strip()}",
+                "wait for it, stop it, or give another --name",
+            ) from None  # fmt: skip
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM (what a job stop sends) ends the driver as Ctrl-C does: the run is closed properly."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+__all__ = ["Outcome", "UserError", "run_train_job"]

@@ -1,0 +1,74 @@
+"""What every training process does, under any launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from model.errors import DivergedError
+from model.training.fit import FitResult, fit
+from model.training.runtime import Runtime
+from orchestrator.launch.resolve import ResolvedJob
+from orchestrator.records.spool import MetricSender, Spool
+from orchestrator.records.tracker import TrackedRun
+from orchestrator.storage.checkpoints import CheckpointStore
+from orchestrator.storage.filesystems import open_place
+
+
+class Board(Protocol):
+    """Where rank 0 shows what happens; neither call blocks or raises."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a worker is told. Picklable."""
+
+    resolved: ResolvedJob
+    run: TrackedRun
+    checkpoints_uri: str
+
+
+def open_store(assignment: Assignment, say: Callable[[str], None]) -> CheckpointStore:
+    place = open_place(assignment.checkpoints_uri, "checkpoint.uri")
+    return CheckpointStore(place, assignment.resolved.job.checkpoint, say=say)
+
+
+class Recorder:
+    """Rank 0's sink: the board at once, MLflow through the spool."""
+
+    def __init__(self, assignment: Assignment, board: Board) -> None:
+        spool = Spool(assignment.resolved.output / "spool" / f"{assignment.run.run_id}.jsonl")
+        self.sender = MetricSender(assignment.run.tracking_uri, assignment.run.run_id, spool)
+        self.board = board
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.board.log(step, metrics)
+        self.sender.log(step, metrics)
+
+    def close(self) -> None:
+        if not self.sender.close():
+            path: Path = self.sender.spool.path
+            self.board.say(f"the tracker did not take all metrics; the rest waits in {path}")
+
+
+def train(assignment: Assignment, runtime: Runtime, board: Board) -> dict[str, Any]:
+    """Run `fit` on this worker; the result as plain data.
+
+    Divergence is a result too, {"diverged": the exception}: all ranks agree on it and no restart
+    would cure it.
+    """
+    resolved = assignment.resolved
+    train_set, val_set = resolved.datasets()
+    try:
+        result: FitResult = fit(resolved.recipe, train_set, val_set, runtime, resolved.config())
+    except DivergedError as error:
+        return {"diverged": error}
+    if result.started_at_step and runtime.rank == 0:
+        board.say(f"went on from the checkpoint of step {result.started_at_step}")
+    return asdict(result)

@@ -1,0 +1,1 @@
+"""Where things lie: fsspec, s3fs."""

@@ -1,0 +1,168 @@
+"""Where checkpoints live: committed whole, verified when read, kept by rule.
+
+    <place>/step_00001200/...   one folder a checkpoint; `meta.json` makes it valid
+
+A local folder is written beside its place and renamed; on an object store every file is uploaded
+first and `meta.json` last. What has no valid `meta.json` does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.training.state import META, verify_checkpoint
+from orchestrator.config.schema import CheckpointConfig
+from orchestrator.errors import CheckpointError
+from orchestrator.storage.filesystems import Place
+
+FOLDER = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A committed checkpoint as the retention rule sees it."""
+
+    step: int
+    value: float | None
+
+
+def to_keep(found: Sequence[Kept], *, latest: int, best: int) -> set[int]:
+    """Steps to keep: the `latest` newest and the `best` highest by value (later wins a tie)."""
+    newest = sorted(found, key=lambda kept: kept.step)[-max(1, latest) :]
+    scored = [kept for kept in found if kept.value is not None]
+    top = sorted(scored, key=lambda kept: (kept.value, kept.step))[-best:] if best > 0 else []
+    return {kept.step for kept in (*newest, *top)}
+
+
+class CheckpointStore:
+    """Checkpoints of one run in one place. Used by one process at a time (rank 0) to write."""
+
+    def __init__(
+        self, place: Place, config: CheckpointConfig, *, say: Callable[[str], None]
+    ) -> None:
+        self.place, self.config, self.say = place, config, say
+
+    def steps(self) -> list[int]:
+        """Committed steps, ascending."""
+        return sorted(kept.step for kept in self._found())
+
+    def uri(self, step: int) -> str:
+        return self.place.join(_name(step)).uri
+
+    def save(self, step: int, metrics: Mapping[str, float], write: Callable[[Path], None]) -> None:
+        """Commit what `write` puts into an empty folder; then drop what the rule does not keep.
+
+        Saving a step again replaces it.
+        """
+        local = self.place.local
+        if local is not None:
+            local.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=local, prefix=".writing-") as temporary:
+            draft = Path(temporary) / _name(step)
+            draft.mkdir()
+            write(draft)
+            if local is not None:
+                self._remove(step)
+                draft.rename(local / draft.name)
+            else:
+                self._upload(draft)
+        self._retain()
+
+    @contextmanager
+    def open(self, step: int) -> Iterator[Path]:
+        """A committed checkpoint as a verified local folder.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
+        local = self.place.local
+        if local is not None:
+            verify_checkpoint(local / _name(step))
+            yield local / _name(step)
+            return
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
+            folder = Path(temporary) / _name(step)
+            remote = f"{self.place.path}/{_name(step)}"
+            self.place.filesystem.get(remote, str(folder), recursive=True)
+            verify_checkpoint(folder)
+            yield folder
+
+    def newest_valid(self) -> int | None:
+        """The newest step that proves whole; damaged ones are said and passed over."""
+        for step in reversed(self.steps()):
+            try:
+                with self.open(step):
+                    return step
+            except CheckpointError as error:
+                self.say(f"skipped a damaged checkpoint: {error}")
+        return None
+
+    def best(self) -> int | None:
+        """The step with the highest metric, None if none has one."""
+        scored = [kept for kept in self._found() if kept.value is not None]
+        return max(scored, key=lambda kept: (kept.value, kept.step)).step if scored else None
+
+    def _upload(self, draft: Path) -> None:
+        remote = f"{self.place.path}/{draft.name}"
+        for file in sorted(draft.iterdir(), key=lambda file: file.name == META):
+            self.place.filesystem.put_file(str(file), f"{remote}/{file.name}")
+
+    def _found(self) -> list[Kept]:
+        found = []
+        for name in self._names():
+            meta = self._meta(name)
+            if meta is not None:
+                value = meta.get("metrics", {}).get(self.config.metric)
+                found.append(Kept(int(name.removeprefix("step_")), value))
+        return found
+
+    def _names(self) -> list[str]:
+        try:
+            entries = self.place.filesystem.ls(self.place.path, detail=False)
+        except FileNotFoundError:
+            return []
+        names = (str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        return [name for name in names if FOLDER.fullmatch(name)]
+
+    def _meta(self, name: str) -> dict[str, Any] | None:
+        """None for a folder that was never finished."""
+        try:
+            meta = json.loads(self.place.filesystem.cat_file(f"{self.place.path}/{name}/{META}"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}  # damaged: counted as found, refused when opened
+        return meta if isinstance(meta, dict) else {}
+
+    def _retain(self) -> None:
+        found = self._found()
+        keep = to_keep(found, latest=self.config.keep_latest, best=self.config.keep_best)
+        for kept in found:
+            if kept.step not in keep:
+                self._remove(kept.step)
+
+    def _remove(self, step: int) -> None:
+        """The marker goes first, so that a half removed checkpoint is none."""
+        local = self.place.local
+        if local is not None:
+            folder = local / _name(step)
+            (folder / META).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        remote = f"{self.place.path}/{_name(step)}"
+        if self.place.filesystem.exists(f"{remote}/{META}"):
+            self.place.filesystem.rm_file(f"{remote}/{META}")
+        if self.place.filesystem.exists(remote):
+            self.place.filesystem.rm(remote, recursive=True)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"

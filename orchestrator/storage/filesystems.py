@@ -1,0 +1,100 @@
+"""One door to every place: a local path or any fsspec URL.
+
+s3:// takes its endpoint from AWS_ENDPOINT_URL and its credentials from the usual chain; neither is
+ever part of a configuration. The listing cache is off: it hides what other processes write.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from orchestrator.errors import StorageError
+
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ATTEMPTS = 5, 30, 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder on some filesystem. uri: as the user wrote it; path: as the filesystem takes it."""
+
+    uri: str
+    filesystem: Any
+    path: str
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a local path, None if it is remote."""
+        return Path(self.path) if isinstance(self.filesystem, LocalFileSystem) else None
+
+    def join(self, name: str) -> Place:
+        return Place(f"{self.uri.rstrip('/')}/{name}", self.filesystem, f"{self.path}/{name}")
+
+
+def open_place(uri: str, where: str) -> Place:
+    """Connects to nothing yet.
+
+    Raises:
+        StorageError: a protocol that fsspec does not know.
+    """
+    protocol, sign, rest = uri.partition("://")
+    if not sign:
+        return Place(uri, LocalFileSystem(), str(Path(uri).absolute()))
+    if protocol == "file":
+        return Place(uri, LocalFileSystem(), str(Path(rest).absolute()))
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        options = {
+            "use_listings_cache": False,
+            "config_kwargs": {
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "read_timeout": READ_TIMEOUT_S,
+                "retries": {"max_attempts": ATTEMPTS, "mode": "standard"},
+            },
+        }
+    try:
+        filesystem = fsspec.filesystem(protocol, **options)
+    except (ValueError, ImportError) as error:
+        raise StorageError(where, "a path or a URL fsspec knows", uri, str(error)) from None
+    return Place(uri, filesystem, rest.rstrip("/"))
+
+
+def check_writable(place: Place, where: str) -> None:
+    """Write, read back and remove a small object.
+
+    Raises:
+        StorageError: naming the place and the cause.
+    """
+    probe = f"{place.path}/.probe-{uuid.uuid4().hex}"
+    try:
+        if place.local is not None:
+            place.local.mkdir(parents=True, exist_ok=True)
+        place.filesystem.pipe_file(probe, b"probe")
+        found = place.filesystem.cat_file(probe)
+        place.filesystem.rm_file(probe)
+    except Exception as error:  # each filesystem has its own exceptions
+        raise StorageError(where, "a place to write", f"{place.uri} ({reason(error)})", _remedy(place)) from None  # fmt: skip
+    if found != b"probe":
+        raise StorageError(where, "a place that keeps what is written", place.uri, _remedy(place))
+
+
+def reason(error: BaseException) -> str:
+    """One line of an exception, whatever library it comes from."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300]
+
+
+def _remedy(place: Place) -> str:
+    if place.local is not None:
+        return "choose a folder you may write to (--output)"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    if place.uri.startswith("s3"):
+        at = f"at {endpoint}" if endpoint else "(AWS_ENDPOINT_URL is not set)"
+        return f"check that the bucket exists {at} and that the credentials may write to it"
+    return "check the URL and the credentials"
