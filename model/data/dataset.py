@@ -106,9 +106,9 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
             raise DataError(
                 f"image {name}", "a readable image", str(error), "replace it or take it out"
             ) from None
-        shrunk_by = _shrunk_by(picture.size, (height, width), name)
+        shrunk_by = _shrunk_by(picture.size, (height, width), name, drafted=draft is not None)
         on_picture = replace(view, scale=view.scale * shrunk_by)
-        pixels = apply_to_image(picture, on_picture, self.image_size_px)
+        pixels = apply_to_image(picture, on_picture, self.image_size_px, width / shrunk_by)
         boxes, labels = self.index.training_boxes(image)
         boxes, labels = apply_to_boxes(boxes, labels, view, width)
         return Sample(image, pixels, boxes, labels, view.scale, view.size_hw)
@@ -125,13 +125,15 @@ def _draft(scale: float, height: int, width: int) -> int | None:
     return None if scale > 0.5 else max(1, int(min(height, width) * scale))
 
 
-def _shrunk_by(decoded_wh: tuple[int, int], source_hw: tuple[int, int], name: str) -> int:
-    """How much the decoder shrank the image: 1, 2, 4 or 8.
+def _shrunk_by(
+    decoded_wh: tuple[int, int], source_hw: tuple[int, int], name: str, *, drafted: bool
+) -> int:
+    """How much the decoder shrank the image: 1, or 2, 4 or 8 if it was asked to.
 
     Raises:
         DataError: the file has another shape than its annotation says.
     """
-    for factor in (1, 2, 4, 8):
+    for factor in (1, 2, 4, 8) if drafted else (1,):
         if decoded_wh == (-(-source_hw[1] // factor), -(-source_hw[0] // factor)):
             return factor
     raise DataError(

@@ -93,6 +93,21 @@ def plan_batch(
             str(group_size),
             f"choose one of {divisors}",
         )
+    plan = _plan(batch_size, group_size, world_size, max_images_at_once)
+    if plan is not None:
+        return plan
+    limit = f", at most {max_images_at_once} at once" if max_images_at_once else ""
+    raise ConfigError(
+        "train.batch_size",
+        f"a batch that divides over {world_size} workers in groups of {group_size}{limit}",
+        str(batch_size),
+        _batch_remedy(batch_size, group_size, world_size, max_images_at_once),
+    )
+
+
+def _plan(
+    batch_size: int, group_size: int, world_size: int, max_images_at_once: int | None
+) -> BatchPlan | None:
     groups = batch_size // group_size
     for team in range(1, world_size + 1):
         if world_size % team or group_size % team:
@@ -100,19 +115,32 @@ def plan_batch(
         fits = max_images_at_once is None or group_size // team <= max_images_at_once
         if groups >= world_size // team and fits:
             return BatchPlan(batch_size, group_size, world_size, team)
-    near = [
-        size
-        for size in range(max(1, batch_size - world_size), batch_size + world_size + 1)
-        if size % world_size == 0
+    return None
+
+
+def _batch_remedy(
+    batch_size: int, group_size: int, world_size: int, max_images_at_once: int | None
+) -> str:
+    """The nearest batches with the same groups, and groups with the same batch, that do work."""
+
+    def works(batch: int, group: int) -> bool:
+        return _plan(batch, group, world_size, max_images_at_once) is not None
+
+    batches = [
+        batch
+        for batch in range(group_size, batch_size + group_size * world_size + 1, group_size)
+        if works(batch, group_size)
     ]
-    limit = f", at most {max_images_at_once} at once" if max_images_at_once else ""
-    raise ConfigError(
-        "train.batch_size",
-        f"a batch that divides over {world_size} workers in groups of {group_size}{limit}",
-        str(batch_size),
-        f"use train.batch_size {' or '.join(map(str, near))}, another train.bn_group, "
-        "or another number of workers",
-    )
+    below = [batch for batch in batches if batch < batch_size][-1:]
+    above = [batch for batch in batches if batch > batch_size][:1]
+    sizes = [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
+    groups = [size for size in sizes if works(batch_size, size)][:3]
+    remedies = []
+    if below or above:
+        remedies.append(f"train.batch_size {' or '.join(map(str, below + above))}")
+    if groups:
+        remedies.append(f"train.bn_group {' or '.join(map(str, groups))}")
+    return f"use {', '.join([*remedies, 'or another number of workers'])}"
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:

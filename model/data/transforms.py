@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from model.network.detector import IMAGENET_MEAN
+from model.imagenet import MEAN
 
 # Padding is 0 after normalisation: ImageNet's mean colour, rounded.
-PAD_RGB = tuple(round(value * 255) for value in IMAGENET_MEAN)
+PAD_RGB = tuple(round(value * 255) for value in MEAN)
 MIN_VISIBLE_PX = 1.0
 
 
@@ -53,7 +53,10 @@ def decode_image(data: bytes, draft_size_px: int | None = None) -> Image.Image:
     Raises:
         OSError: not an image, or a damaged one.
     """
-    image: Image.Image = Image.open(io.BytesIO(data))
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:  # a damaged header, or truly that large
+        raise OSError(str(error)) from None
     if draft_size_px is not None:
         image.draft("RGB", (draft_size_px, draft_size_px))
     image.load()
@@ -94,14 +97,20 @@ def random_view(
     return View(scale, (offset_x, offset_y), flip, size_hw)
 
 
-def apply_to_image(image: Image.Image, view: View, size_px: int) -> NDArray[np.uint8]:
-    """RGB image -> uint8 [size_px, size_px, 3], content top left, mean colour elsewhere."""
+def apply_to_image(
+    image: Image.Image, view: View, size_px: int, source_width: float
+) -> NDArray[np.uint8]:
+    """RGB image -> uint8 [size_px, size_px, 3], content top left, mean colour elsewhere.
+
+    source_width: of the scene in pixels of `image`. A JPEG decoder that shrinks rounds its picture
+    up, so the last column may be partly beyond the scene; a flip is about the scene's middle.
+    """
     height, width = view.size_hw
     left, top = view.offset_xy[0] / view.scale, view.offset_xy[1] / view.scale
-    right = min(left + width / view.scale, float(image.width))
+    right = min(left + width / view.scale, source_width)
     bottom = min(top + height / view.scale, float(image.height))
     if view.flip:
-        left, right = image.width - right, image.width - left
+        left, right = source_width - right, source_width - left
     content = image.resize(
         (width, height),
         Image.Resampling.BILINEAR,

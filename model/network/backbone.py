@@ -71,24 +71,36 @@ def _create(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
 
 def _features(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
     kwargs: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path > 0 else {}
-    network = timm.create_model(
-        name, pretrained=pretrained, features_only=True, out_indices=(2, 3, 4), **kwargs
-    )
+    try:
+        network = timm.create_model(
+            name, pretrained=pretrained, features_only=True, out_indices=(2, 3, 4), **kwargs
+        )
+    except IndexError:
+        raise ConfigError(
+            "model.backbone",
+            f"features at strides {STRIDES}",
+            f"{name} with fewer than five stages",
+            "choose an EfficientNet-like timm network",
+        ) from None
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise ConfigError(
+            "model.drop_path",
+            f"0, as {name} has no stochastic depth",
+            str(drop_path),
+            "set it to 0",
+        ) from None
     if not isinstance(network, nn.Module):
         raise TypeError(f"timm.create_model returned {type(network)}")
     return network
 
 
 def init_batch_norm(module: nn.Module, *, momentum: float, eps: float) -> None:
-    """Set the detector's batch-norm constants everywhere, backbone included (TF's .99 and 1e-3).
-
-    The counter of batches goes: it is unused with a fixed momentum, and it would count forward
-    passes, of which a step has more or fewer on another number of workers.
-    """
+    """Set the detector's batch-norm constants everywhere, backbone included (TF's .99 and 1e-3)."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum, layer.eps = momentum, eps
-            layer.num_batches_tracked = None
 
 
 @torch.no_grad()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from model.imagenet import MEAN, STD
 from model.network.backbone import Backbone, init_batch_norm
 from model.network.head import Head, class_bias
 from model.network.pyramid import Pyramid
 from model.network.scaling import NetworkSpec
 
-BATCH_NORM_MOMENTUM = 0.01  # TF's decay .99
 BATCH_NORM_EPS = 1e-3
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Detector(nn.Module):
@@ -26,7 +24,9 @@ class Detector(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: NetworkSpec, *, pretrained: bool = False) -> None:
+    def __init__(
+        self, spec: NetworkSpec, *, pretrained: bool = False, bn_momentum: float = 0.01
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.backbone = Backbone(spec.backbone, pretrained=pretrained, drop_path=spec.drop_path)
@@ -52,8 +52,8 @@ class Detector(nn.Module):
 
         self.class_head = head(spec.num_classes, class_bias())
         self.box_head = head(4, 0.0)
-        init_batch_norm(self, momentum=BATCH_NORM_MOMENTUM, eps=BATCH_NORM_EPS)
-        for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        init_batch_norm(self, momentum=bn_momentum, eps=BATCH_NORM_EPS)
+        for name, value in (("mean", MEAN), ("std", STD)):
             scaled = torch.tensor(value).view(1, 3, 1, 1) * 255.0
             self.register_buffer(name, scaled, persistent=False)
 

@@ -11,7 +11,7 @@ Source: arXiv 1911.09070v7 §4.2; google/automl `hparams_config.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from model.errors import ConfigError
 
@@ -19,7 +19,7 @@ Phi = Literal["0", "1", "2", "3", "4", "5", "6", "7", "7x"]
 FusionKind = Literal["fast", "softmax", "unbounded", "sum"]
 TopologyKind = Literal["bifpn"]
 
-WIDTH_BASE = 1.35
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -158,28 +158,32 @@ def resolve(config: ModelConfig, num_classes: int) -> NetworkSpec:
             str(scale.backbone),
             "EfficientNet has b0 to b7",
         )
-    max_level = config.max_level or row.max_level
+    max_level = _given(config.max_level, row.max_level)
+    # google/automl efficientnet_builder: survival 0.8 for b1 and up, none dropped for b0.
+    drop_path = 0.0 if backbone_index == 0 else 0.2
     spec = NetworkSpec(
         phi=config.phi,
         num_classes=num_classes,
         backbone=config.backbone or f"tf_efficientnet_b{backbone_index}",
-        image_size_px=config.image_size_px or size,
-        fpn_channels=config.fpn_channels or width,
-        fpn_repeats=config.fpn_repeats or row.depth + scale.depth,
-        head_layers=config.head_layers or row.head + scale.head,
+        image_size_px=_given(config.image_size_px, size),
+        fpn_channels=_given(config.fpn_channels, width),
+        fpn_repeats=_given(config.fpn_repeats, row.depth + scale.depth),
+        head_layers=_given(config.head_layers, row.head + scale.head),
         fusion=config.fusion or row.fusion,
         topology=config.topology,
         min_level=3,
         max_level=max_level,
-        anchor_scale=config.anchor_scale or row.anchor_scale,
+        anchor_scale=_given(config.anchor_scale, row.anchor_scale),
         anchor_octaves=config.anchor_octaves,
-        # google/automl efficientnet_builder: survival 0.8 for b1 and up, none dropped for b0.
-        drop_path=(0.0 if backbone_index == 0 else 0.2)
-        if config.drop_path is None
-        else config.drop_path,
+        drop_path=_given(config.drop_path, drop_path),
     )
     _check(spec)
     return spec
+
+
+def _given(explicit: Number | None, derived: Number) -> Number:
+    """An explicit 0 is a mistake to report, not a wish for the default."""
+    return derived if explicit is None else explicit
 
 
 def _check(spec: NetworkSpec) -> None:

@@ -8,6 +8,7 @@ images: who computes an image no longer matters.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from timm.layers.drop import DropPath as TimmDropPath
 from torch import Tensor, nn
@@ -47,9 +48,8 @@ def draw(network: nn.Module, *, seed: tuple[int, int, int], group_size: int, row
     layers = [module for module in network.modules() if isinstance(module, DropPath)]
     if not layers:
         return
-    run_seed, step, group = seed
     generator = torch.Generator()
-    generator.manual_seed(hash((run_seed, step, group)) % 2**63)
+    generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
     uniform = torch.rand(group_size, len(layers), generator=generator)[rows]
     device = next(network.parameters()).device
     rates = torch.tensor([layer.rate for layer in layers])

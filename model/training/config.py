@@ -59,6 +59,8 @@ class TrainConfig:
     """batch_size: images of one step over ALL workers.
 
     bn_group: images normalised together (None: chosen from batch and phi, never from workers).
+    bn_momentum: step of the running statistics; TF's .99 is 0.01 here. Runs of a few hundred steps
+    want 0.1: their weights move faster than slow statistics follow.
     max_images_at_once: the most a device holds; larger groups are shared by several workers.
     precision: "auto" is bf16 on a GPU, fp32 on a CPU.
     """
@@ -68,6 +70,7 @@ class TrainConfig:
     bn_group: int | None = None
     max_images_at_once: int | None = None
     seed: int = 0
+    bn_momentum: float = 0.01
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
     log_every_steps: int = 10

@@ -102,7 +102,11 @@ def fit(
     schedule = Schedule.of(recipe, len(train))
     torch.manual_seed(recipe.train.seed)
     with runtime.restore() as folder:
-        detector = Detector(recipe.network, pretrained=recipe.pretrained and folder is None)
+        detector = Detector(
+            recipe.network,
+            pretrained=recipe.pretrained and folder is None,
+            bn_momentum=recipe.train.bn_momentum,
+        )
         trainee = Trainee(detector, recipe, plan, rank, device)
         meter = LogMeter(device, world_size)
         start, metrics = 0, dict[str, float]()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 
@@ -50,13 +49,13 @@ class Ema:
     decay_n = min(decay, (1 + n) / (10 + n)) for the n-th update (TF's ramp).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, average: nn.Module, module: nn.Module, decay: float) -> None:
+        """average: a copy of `module` (of the same names; its batch norms may be plain ones)."""
+        self.module = average.eval().requires_grad_(False)
         self.decay = decay
-        self._averages, self._values = [], []
-        for average, value in zip(_tensors(self.module), _tensors(module), strict=True):
-            self._averages.append(average)
-            self._values.append(value)
+        self._averages, self._values = list(_tensors(self.module)), list(_tensors(module))
+        if [t.shape for t in self._averages] != [t.shape for t in self._values]:
+            raise ValueError("the average must be a copy of the module")
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:

@@ -28,6 +28,9 @@ from model.network.scaling import NetworkSpec
 FORMAT = 1
 WEIGHTS, EMA_WEIGHTS, TRAIN_STATE = "model.safetensors", "ema.safetensors", "train_state.pt"
 CONFIG, CLASSES, META = "config.json", "classes.json", "meta.json"
+# Batch norm's counter of forward passes: of no use with a fixed momentum, and different on another
+# number of workers. Torch fills it in where a file lacks it.
+UNUSED = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,12 @@ def write_checkpoint(
 ) -> None:
     """Fill an existing empty folder; `meta.json` comes last and makes it valid."""
     for name, tensors in ((WEIGHTS, model), (EMA_WEIGHTS, ema)):
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / name)
+        kept = {
+            key: t.detach().cpu().contiguous()
+            for key, t in tensors.items()
+            if not key.endswith(UNUSED)
+        }
+        save_file(kept, folder / name)
     state = {
         "step": progress.step,
         "momentum": {key: t.detach().cpu() for key, t in progress.momentum.items()},

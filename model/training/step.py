@@ -8,9 +8,12 @@ batch are known before the first backward pass.
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +30,13 @@ from model.network.stochastic_depth import draw
 from model.training.batch_norm import RunningStatistics, synchronise
 from model.training.config import Recipe
 from model.training.optim import Ema, build_optimizer, learning_rate
+
+# Batch-norm statistics are averaged by RunningStatistics; newer torch renamed the switch.
+_BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 @dataclass(frozen=True)
@@ -63,19 +73,21 @@ class Trainee:
         self.autocast = use_bf16(recipe, device)
         layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         detector = detector.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        average = copy.deepcopy(detector)  # before its batch norms hold process groups
         self.detector = synchronise(detector, plan, rank, device).train()
         self.anchors = make_anchors(recipe.network).to(device)
         self.shards = plan.shards(rank)
         self.optimizer = build_optimizer(self.detector, recipe.optim)
-        self.ema = Ema(self.detector, recipe.optim.ema_decay)
+        self.ema = Ema(average, self.detector, recipe.optim.ema_decay)
         self.statistics = RunningStatistics(self.detector, plan)
         self.forward: nn.Module = self.detector
         if plan.world_size > 1:
+            off: dict[str, Any] = {_BUFFER_SYNC: False}
             self.forward = DistributedDataParallel(
                 self.detector,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **off,
             )
 
     def step(self, step: int, schedule: Schedule, batches: Sequence[Batch]) -> Tensor:

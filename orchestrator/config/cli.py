@@ -25,6 +25,8 @@ class Flag:
     metavar: str
     unit: str | None = None
     """Key that the value is put under: epochs or steps of a duration."""
+    text: bool = False
+    """Taken as it is, where YAML would make a number or a date of it."""
 
     def value(self, given: Any) -> Any:
         return given if self.unit is None else {self.unit: given}
@@ -32,7 +34,7 @@ class Flag:
 
 TRAIN_FLAGS = (
     Flag("--phi", "model.phi", "size of the network: 0 to 7, or 7x", "N"),
-    Flag("--data", "data.root", "folder of a COCO-format dataset, or shapes", "FOLDER"),
+    Flag("--data", "data.root", "folder of a COCO-format dataset, or shapes", "FOLDER", text=True),
     Flag("--epochs", "train.duration", "length in epochs", "N", "epochs"),
     Flag("--steps", "train.duration", "length in steps", "N", "steps"),
     Flag("--batch-size", "train.batch_size", "images of one step over all workers", "N"),
@@ -45,10 +47,16 @@ TRAIN_FLAGS = (
     Flag("--gpus-per-worker", "launch.gpus_per_worker", "0 trains on the CPU", "X"),
     Flag("--cpus-per-worker", "launch.cpus_per_worker", "cores reserved for each worker", "X"),
     Flag("--launcher", "launch.launcher", "ray, or local for plain python and torchrun", "KIND"),
-    Flag("--name", "run.name", "name of the run", "NAME"),
-    Flag("--output", "run.output", "folder for everything that stays on this machine", "FOLDER"),
-    Flag("--tracking-uri", "tracking.uri", "MLflow server or database", "URI"),
-    Flag("--experiment", "tracking.experiment", "MLflow experiment", "NAME"),
+    Flag("--name", "run.name", "name of the run", "NAME", text=True),
+    Flag(
+        "--output",
+        "run.output",
+        "folder for everything that stays on this machine",
+        "FOLDER",
+        text=True,
+    ),
+    Flag("--tracking-uri", "tracking.uri", "MLflow server or database", "URI", text=True),
+    Flag("--experiment", "tracking.experiment", "MLflow experiment", "NAME", text=True),
 )
 
 
@@ -86,7 +94,7 @@ class _Override(argparse.Action):
         overrides = [*(getattr(namespace, "overrides", None) or [])]
         flag: Flag | None = self.const
         if flag is not None:
-            overrides.append((flag.path, flag.value(_scalar(values))))
+            overrides.append((flag.path, flag.value(values if flag.text else _scalar(values))))
         else:
             path, sign, text = str(values).partition("=")
             if not sign:

@@ -28,7 +28,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             "--config", "a YAML file", f"none at {path}", nearest(path.name, near)
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(str(path), "YAML", reason, "repair the file") from None
     if document is None:

@@ -14,6 +14,7 @@ from model.data.index import CocoIndex
 from model.data.lint import check_images
 from model.detection.anchors import make_anchors
 from model.network.footprint import GIB, activation_bytes
+from model.network.scaling import ModelConfig, resolve
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.launch.resolve import Derived, ResolvedJob, Split
@@ -36,10 +37,13 @@ def describe_model(resolved: ResolvedJob, derived: Derived) -> list[tuple[str, s
     """Every derived number, before step 0."""
     spec, job = resolved.recipe.network, resolved.job
     schedule, cost = derived.schedule, derived.cost
+    table = ModelConfig(phi=job.model.phi, pretrained=job.model.pretrained)
+    published = resolve(table, spec.num_classes) == spec
+    name = f"EfficientDet-D{spec.phi}" if published else f"custom, from EfficientDet-D{spec.phi}"
     weights = "ImageNet" if resolved.recipe.pretrained else "random weights"
     lr = job.optim.lr_per_64 * job.train.batch_size / 64
     return [
-        ("network", f"EfficientDet-D{spec.phi}: {spec.backbone} ({weights}), {spec.image_size_px} px, "
+        ("network", f"{name}: {spec.backbone} ({weights}), {spec.image_size_px} px, "
          f"{spec.fpn_channels} channels, {spec.fpn_repeats} repeats of {spec.topology}, "
          f"{spec.head_layers} head layers, fusion {spec.fusion}, levels P{spec.min_level}-P{spec.max_level}, "
          f"anchor scale {spec.anchor_scale:g}"),

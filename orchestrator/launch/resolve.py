@@ -64,8 +64,11 @@ class ResolvedJob:
 
     def config(self) -> dict[str, Any]:
         """What is stored with checkpoints and the run."""
+        job = encode(self.job)
+        # Where it was tracked is no part of what was trained, and the URI may hold a password.
+        del job["tracking"]["uri"]
         return {
-            "job": encode(self.job),
+            "job": job,
             "network": network_config(self.recipe.network),
             "bn_group": self.recipe.bn_group,
             "pretrained": self.recipe.pretrained,
@@ -75,6 +78,12 @@ class ResolvedJob:
         """The same for the same name and training, however many workers run it."""
         asked = encode(self.job)
         same = {k: asked[k] for k in ("model", "data", "train", "optim", "loss", "evaluation")}
+        for section, operational in (
+            ("data", ("check", "loader_workers")),
+            ("train", ("max_images_at_once", "log_every_steps")),
+        ):
+            for name in operational:
+                del same[section][name]
         text = json.dumps([self.name, same, self.config()["network"]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -109,6 +118,7 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
     Raises:
         UserError: anything that could not work.
     """
+    _check_numbers(job)
     output, notes = output_folder(job)
     train, val, more = _splits(job, output)
     notes += more
@@ -126,7 +136,7 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
         raise DataError(train_index.name, "at least one box", "none", "annotate some images")
 
     spec = resolve(job.model, train_index.classes.num_classes)
-    demo = job.data.root == DEMO and job.data.train.annotations is None
+    demo = _is_demo(job)
     pretrained = not demo if job.model.pretrained == "auto" else job.model.pretrained == "yes"
     group = job.train.bn_group or default_group_size(job.train.batch_size, job.model.phi)
     recipe = Recipe(
@@ -142,7 +152,6 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
         bn_group=group,
     )
     name = job.run.name or f"{Path(job.data.root).name}-d{job.model.phi}"
-    _check_numbers(job)
     resolved = ResolvedJob(job, recipe, train, val, output, name, tuple(notes))
     return resolved, train_index, val_index
 
@@ -178,10 +187,16 @@ def output_folder(job: TrainJob) -> tuple[Path, list[str]]:
     return output.absolute(), []
 
 
+def _is_demo(job: TrainJob) -> bool:
+    """A folder that happens to be called shapes is somebody's data."""
+    data = job.data
+    return data.root == DEMO and data.train.annotations is None and not Path(DEMO).is_dir()
+
+
 def _splits(job: TrainJob, output: Path) -> tuple[Split, Split, list[str]]:
     data, notes = job.data, []
     root = Path(data.root).expanduser()
-    if data.root == DEMO and not root.is_dir() and data.train.annotations is None:
+    if _is_demo(job):
         root = output / "data" / DEMO
         try:
             made = ensure_shapes(root, data.shapes)
@@ -234,17 +249,31 @@ def _split(config: SplitConfig, root: Path, name: str) -> Split | None:
 def _check_numbers(job: TrainJob) -> None:
     """Ranges that types cannot express."""
     augment = job.data.augment
+    for where, given, least in (
+        ("launch.workers", job.launch.workers, 1),
+        ("launch.max_failures", job.launch.max_failures, 0),
+        ("launch.gpus_per_worker", job.launch.gpus_per_worker, 0),
+        ("train.batch_size", job.train.batch_size, 1),
+        ("train.bn_group", job.train.bn_group, 1),
+        ("train.max_images_at_once", job.train.max_images_at_once, 1),
+        ("train.log_every_steps", job.train.log_every_steps, 1),
+        ("train.seed", job.train.seed, 0),
+        ("data.train.first", job.data.train.first, 1),
+        ("data.val.first", job.data.val.first, 1),
+        ("data.loader_workers", job.data.loader_workers, 0),
+        ("evaluation.batch_size", job.evaluation.batch_size, 1),
+        ("checkpoint.keep_latest", job.checkpoint.keep_latest, 1),
+    ):
+        if given is not None and given < least:
+            raise ConfigError(where, f"at least {least}", str(given))
     for where, ok, expected, got in (
-        ("launch.workers", job.launch.workers >= 1, "at least 1", job.launch.workers),
-        ("train.log_every_steps", job.train.log_every_steps >= 1, "at least 1", job.train.log_every_steps),
         ("optim.lr_per_64", job.optim.lr_per_64 > 0, "a positive number", job.optim.lr_per_64),
         ("optim.ema_decay", 0 <= job.optim.ema_decay < 1, "0 <= decay < 1", job.optim.ema_decay),
+        ("train.bn_momentum", 0 < job.train.bn_momentum <= 1, "0 < momentum <= 1", job.train.bn_momentum),
         ("optim.momentum", 0 <= job.optim.momentum < 1, "0 <= momentum < 1", job.optim.momentum),
         ("data.augment.flip", 0 <= augment.flip <= 1, "a probability", augment.flip),
         ("data.augment.jitter_min", 0 < augment.jitter_min <= augment.jitter_max,
          "0 < jitter_min <= jitter_max", f"{augment.jitter_min}..{augment.jitter_max}"),
-        ("checkpoint.keep_latest", job.checkpoint.keep_latest >= 1, "at least 1", job.checkpoint.keep_latest),
-        ("launch.max_failures", job.launch.max_failures >= 0, "at least 0", job.launch.max_failures),
     ):  # fmt: skip
         if not ok:
             raise ConfigError(where, expected, str(got))

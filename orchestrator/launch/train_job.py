@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from orchestrator.config.cli import Options
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ClusterError, ConfigError, DivergedError, UserError
-from orchestrator.launch import preflight
+from orchestrator.launch import local, preflight
 from orchestrator.launch.progress import Progress, duration, print_table
 from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
-from orchestrator.launch.worker import Assignment, Recorder, open_store, train
+from orchestrator.launch.worker import Assignment, open_store
 from orchestrator.records.provenance import provenance
-from orchestrator.records.tracker import CHECKPOINTS, TrackedRun, Tracker
+from orchestrator.records.tracker import CHECKPOINTS, TrackedRun, Tracker, without_secret
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import check_writable, open_place
 
@@ -42,9 +44,19 @@ def run_train_job(job: TrainJob, options: Options, out: TextIO | None = None) ->
     Raises:
         UserError: found before anything expensive started, or in the data meanwhile.
     """
-    out = out or sys.stdout
-    began = time.monotonic()
     _check_launcher(job)
+    if job.launch.launcher == "local":
+        use_gpu = job.launch.gpus_per_worker != 0
+        if local.rank() > 0:
+            return Outcome(local.follow(use_gpu=use_gpu), {})
+        with local.Leader(use_gpu=use_gpu) as leader:
+            return _lead(job, options, out or sys.stdout, _LocalLauncher(leader))
+    return _lead(job, options, out or sys.stdout, _RayLauncher())
+
+
+def _lead(job: TrainJob, options: Options, out: TextIO, launcher: _Launcher) -> Outcome:
+    """The whole job, in the one process that decides."""
+    began = time.monotonic()
     resolved, train_index, val_index = resolve_job(job)
     derived = derive(resolved, len(train_index), len(val_index))
     rows = preflight.describe_model(resolved, derived)
@@ -63,9 +75,9 @@ def run_train_job(job: TrainJob, options: Options, out: TextIO | None = None) ->
         check_writable(open_place(job.checkpoint.uri, "checkpoint.uri"), "checkpoint.uri")
     uri = job.tracking.uri or f"sqlite:///{resolved.output / 'mlflow.db'}"
     tracker = Tracker(uri, job.tracking.experiment, resolved.output / "artifacts")
-    rows.append(("tracker", f"{uri}, experiment {job.tracking.experiment}"))
+    rows.append(("tracker", f"{without_secret(uri)}, experiment {job.tracking.experiment}"))
 
-    with _Launcher.of(job) as launcher:
+    with launcher:
         hardware = preflight.choose_hardware(
             job, cpus=launcher.cpus, gpus=launcher.gpus, local=job.launch.launcher == "local"
         )
@@ -130,7 +142,9 @@ def _run_tracked(
         status, outcome, code = "KILLED", "interrupted", 130
     finally:
         progress.close()
-        tracker.end(run.run_id, status=status, outcome=outcome)
+        trouble = tracker.end(run.run_id, status=status, outcome=outcome)
+        if trouble:
+            progress.say(f"the tracker could not be told that the run {outcome} ({trouble})")
     report = _report(resolved, derived, outcome, run, store, result)
     _print_summary(resolved, report, tracker, began, out)
     return Outcome(code, report)
@@ -150,7 +164,7 @@ def _report(
     return {
         "status": status,
         "run_id": run.run_id if run else None,
-        "tracking_uri": run.tracking_uri if run else None,
+        "tracking_uri": without_secret(run.tracking_uri) if run else None,
         "checkpoint": store.uri(steps[-1]) if store and steps else None,
         "best_checkpoint": store.uri(best) if store and best is not None else None,
         "step": result.get("step", steps[-1] if steps else 0),
@@ -186,7 +200,7 @@ def _print_summary(
     for name in ("checkpoint", "best_checkpoint"):
         if report[name]:
             rows.append((name.replace("_", " "), str(report[name])))
-    rows.append(("run", f"{report['run_id']} in {tracker.uri}"))
+    rows.append(("run", f"{report['run_id']} in {report['tracking_uri']}"))
     if report["status"] != "finished":
         rows.append(("go on", "run the same command again: it continues this run"))
     if tracker.uri.startswith("sqlite"):
@@ -202,7 +216,7 @@ def _print_summary(
         rows.append(
             (
                 "look at it",
-                f"{tracker.uri}/#/experiments/{tracker.experiment_id}/runs/{report['run_id']}",
+                f"{report['tracking_uri']}/#/experiments/{tracker.experiment_id}/runs/{report['run_id']}",
             )
         )
     print_table(resolved.name, rows, out)
@@ -214,10 +228,6 @@ class _Launcher:
     cpus: float
     gpus: float
     nodes: int
-
-    @staticmethod
-    def of(job: TrainJob) -> _Launcher:
-        return _RayLauncher() if job.launch.launcher == "ray" else _LocalLauncher()
 
     def __enter__(self) -> _Launcher:
         return self
@@ -235,11 +245,10 @@ class _Launcher:
 
 
 class _LocalLauncher(_Launcher):
-    """Plain python: for debugging, and the reference that Ray's numbers are held to."""
+    """Plain python or torchrun: for debugging, and the reference that Ray's numbers are held to."""
 
-    def __init__(self) -> None:
-        import torch
-
+    def __init__(self, leader: local.Leader) -> None:
+        self.leader = leader
         self.cpus = float(len(os.sched_getaffinity(0)))
         self.gpus, self.nodes = float(torch.cuda.device_count()), 1
 
@@ -249,19 +258,8 @@ class _LocalLauncher(_Launcher):
     def run(
         self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
     ) -> dict[str, Any]:
-        import torch
-
-        from model.training.runtime import LocalRuntime
-
-        recorder = Recorder(assignment, progress)
-        device = torch.device("cpu") if hardware.gpus_per_worker == 0 else None
-        runtime = LocalRuntime(
-            store=open_store(assignment, progress.say), sink=recorder, device=device
-        )
-        try:
-            return train(assignment, runtime, progress)
-        finally:
-            recorder.close()
+        use_gpu = hardware.gpus_per_worker > 0
+        return self.leader.lead(local.Order(assignment, use_gpu), progress)
 
 
 class _RayLauncher(_Launcher):

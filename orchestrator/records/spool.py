@@ -93,7 +93,7 @@ class MetricSender:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         try:
             self.spool.append(step, metrics)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             self.lost += len(metrics)
             logger.warning("step %d: metrics could not be spooled (%s)", step, error)
         self._wake.set()
@@ -134,7 +134,9 @@ class MetricSender:
                     position = after
                     continue
                 logger.info("tracker does not answer (%s); next try in %.0f s", error, backoff)
-                time.sleep(backoff)
+                # Closing cuts the wait short: whoever comes back in time still gets everything.
+                if self._closing.wait(backoff):
+                    time.sleep(FIRST_BACKOFF_S)
                 backoff = min(MAX_BACKOFF_S, 2 * backoff)
 
     def _send(self, client: MlflowClient, records: list[dict[str, Any]]) -> None:

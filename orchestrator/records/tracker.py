@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class Tracker:
         except Exception as error:  # SQLAlchemy's, requests' and MLflow's own all mean the same
             raise TrackingError(
                 "tracking.uri", "an MLflow server or database that answers",
-                f"{_without_secret(uri)} ({_cause(error)})",
+                f"{without_secret(uri)} ({_cause(error)})",
                 "start it, or correct --tracking-uri",
             ) from None  # fmt: skip
 
@@ -96,8 +97,9 @@ class Tracker:
             return self.client.get_run(run_id)
         except MlflowException:
             raise TrackingError(
-                "--resume", "a run id of this tracker", repr(run_id), f"look it up in {self.uri}"
-            ) from None
+                "--resume", "a run id of this tracker", repr(run_id),
+                f"look it up in {without_secret(self.uri)}",
+            ) from None  # fmt: skip
 
     def open_run(self, *, name: str, key: str, resume: str) -> TrackedRun:
         """Continue or create; see `orchestrator.config.cli.Options.resume`.
@@ -115,6 +117,12 @@ class Tracker:
                 )  # fmt: skip
         elif resume != "never":
             run = self.get(resume)
+            if run.info.lifecycle_stage != "active" or run.data.tags.get(KEY) != key:
+                got = "a deleted one" if run.info.lifecycle_stage != "active" else "one of another"
+                raise TrackingError(
+                    "--resume", "an active run of this name and configuration", got,
+                    "give the flags it was started with, or leave --resume out to start a new run",
+                )  # fmt: skip
         continued = run is not None
         if run is None:
             run = self.client.create_run(
@@ -141,10 +149,17 @@ class Tracker:
     def log_dict(self, run_id: str, content: Mapping[str, Any], file_name: str) -> None:
         self.client.log_dict(run_id, dict(content), file_name)
 
-    def end(self, run_id: str, *, status: str, outcome: str) -> None:
-        """status: FINISHED, FAILED or KILLED; outcome: why, in a word or a line."""
-        self.client.set_tag(run_id, OUTCOME, outcome[:MAX_PARAM_CHARS])
-        self.client.set_terminated(run_id, status)
+    def end(self, run_id: str, *, status: str, outcome: str) -> str | None:
+        """status: FINISHED, FAILED or KILLED; outcome: why, in a word or a line.
+
+        Returns what went wrong, None if nothing: a finished training stays one if the tracker is down.
+        """
+        try:
+            self.client.set_tag(run_id, OUTCOME, outcome[:MAX_PARAM_CHARS])
+            self.client.set_terminated(run_id, status)
+        except Exception as error:  # any trouble of any tracker
+            return _cause(error)
+        return None
 
 
 def _cause(error: BaseException) -> str:
@@ -156,8 +171,6 @@ def _cause(error: BaseException) -> str:
     return reason(error)[:160]
 
 
-def _without_secret(uri: str) -> str:
+def without_secret(uri: str) -> str:
     """scheme://user:password@host -> scheme://host"""
-    scheme, sign, rest = uri.partition("://")
-    host, at, after = rest.partition("@")
-    return f"{scheme}{sign}{after}" if at and "/" not in host else uri
+    return re.sub(r"://[^/]*@", "://", uri)

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class CheckpointStore:
         local = self.place.local
         if local is not None:
             local.mkdir(parents=True, exist_ok=True)
+            for left in local.glob(".writing-*"):  # of a process that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=local, prefix=".writing-") as temporary:
             draft = Path(temporary) / _name(step)
             draft.mkdir()
@@ -74,7 +76,10 @@ class CheckpointStore:
                 draft.rename(local / draft.name)
             else:
                 self._upload(draft)
-        self._retain()
+        try:
+            self._retain()
+        except OSError as error:  # what was to be saved is saved; too many are better than none
+            self.say(f"old checkpoints were not removed: {error}")
 
     @contextmanager
     def open(self, step: int) -> Iterator[Path]:
@@ -91,7 +96,8 @@ class CheckpointStore:
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
             folder = Path(temporary) / _name(step)
             remote = f"{self.place.path}/{_name(step)}"
-            self.place.filesystem.get(remote, str(folder), recursive=True)
+            with suppress(FileNotFoundError):  # said by the verification
+                self.place.filesystem.get(remote, str(folder), recursive=True)
             verify_checkpoint(folder)
             yield folder
 

@@ -7,7 +7,9 @@ ever part of a configuration. The listing cache is off: it hides what other proc
 from __future__ import annotations
 
 import os
+import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from orchestrator.errors import StorageError
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ATTEMPTS = 5, 30, 3
+PROBE_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,41 @@ def check_writable(place: Place, where: str) -> None:
         StorageError: naming the place and the cause.
     """
     probe = f"{place.path}/.probe-{uuid.uuid4().hex}"
-    try:
+
+    def write_and_read() -> bytes:
         if place.local is not None:
             place.local.mkdir(parents=True, exist_ok=True)
         place.filesystem.pipe_file(probe, b"probe")
-        found = place.filesystem.cat_file(probe)
+        found: bytes = place.filesystem.cat_file(probe)
         place.filesystem.rm_file(probe)
+        return found
+
+    try:
+        found = _within(PROBE_TIMEOUT_S, write_and_read)
     except Exception as error:  # each filesystem has its own exceptions
         raise StorageError(where, "a place to write", f"{place.uri} ({reason(error)})", _remedy(place)) from None  # fmt: skip
     if found != b"probe":
         raise StorageError(where, "a place that keeps what is written", place.uri, _remedy(place))
+
+
+def _within(timeout_s: float, work: Callable[[], bytes]) -> bytes:
+    """`work()`, or TimeoutError. A server that accepts and never answers holds only a daemon thread."""
+    box: list[bytes | BaseException] = []
+
+    def run() -> None:
+        try:
+            box.append(work())
+        except BaseException as error:  # handed to the caller's thread
+            box.append(error)
+
+    thread = threading.Thread(target=run, name="probe", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not box:
+        raise TimeoutError(f"no answer in {timeout_s:g} s")
+    if isinstance(box[0], BaseException):
+        raise box[0]
+    return box[0]
 
 
 def reason(error: BaseException) -> str:

@@ -1,0 +1,100 @@
+"""Without Ray: this process alone, or the processes of torchrun, of which rank 0 decides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.training.runtime import LocalRuntime, join_torchrun
+from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, train
+
+
+@dataclass(frozen=True)
+class Order:
+    """What rank 0 tells the others to do."""
+
+    assignment: Assignment
+    use_gpu: bool
+
+    @property
+    def device(self) -> torch.device | None:
+        return _device(self.use_gpu)
+
+
+class Silence:
+    """The board of ranks that show nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        return None
+
+    def say(self, text: str) -> None:
+        return None
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Leader:
+    """Rank 0, from before the first thing that can fail: the others must never wait in vain."""
+
+    def __init__(self, *, use_gpu: bool) -> None:
+        self._told = world_size() == 1
+        join_torchrun(_device(use_gpu))
+
+    def __enter__(self) -> Leader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._told:
+            self._tell(None)
+        _leave()
+
+    def lead(self, order: Order, board: Board) -> dict[str, Any]:
+        """Rank 0's part of the training, after the others were told of theirs."""
+        if not self._told:
+            self._tell(order)
+        recorder = Recorder(order.assignment, board)
+        store = open_store(order.assignment, board.say)
+        runtime = LocalRuntime(store=store, sink=recorder, device=order.device)
+        try:
+            return train(order.assignment, runtime, board)
+        finally:
+            recorder.close()
+
+    def _tell(self, order: Order | None) -> None:
+        self._told = True
+        dist.broadcast_object_list([order], src=0)
+
+
+def follow(*, use_gpu: bool) -> int:
+    """The other ranks' part; their exit code."""
+    join_torchrun(_device(use_gpu))
+    box: list[Order | None] = [None]
+    dist.broadcast_object_list(box, src=0)
+    order, result = box[0], {}
+    if order is not None:
+        board = Silence()
+        store = open_store(order.assignment, board.say)
+        runtime = LocalRuntime(store=store, sink=board.log, device=order.device)
+        result = train(order.assignment, runtime, board)
+    _leave()
+    return 1 if "diverged" in result else 0
+
+
+def _device(use_gpu: bool) -> torch.device | None:
+    return None if use_gpu else torch.device("cpu")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

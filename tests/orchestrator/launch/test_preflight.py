@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.data.index import parse_coco
+from model.detection.anchors import make_anchors
+from model.network.footprint import GIB, activation_bytes
+from orchestrator.config.schema import DataConfig, LaunchConfig, TrainJob
+from orchestrator.errors import ClusterError, ConfigError, DataError
+from orchestrator.launch.preflight import (
+    BASE_BYTES,
+    COPIES_OF_WEIGHTS,
+    Hardware,
+    anchor_recall,
+    as_params,
+    check_data,
+    check_memory,
+    choose_hardware,
+    describe_data,
+    describe_model,
+)
+from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
+
+Ready = tuple[ResolvedJob, Derived]
+
+
+@pytest.fixture
+def ready(job: TrainJob) -> Ready:
+    resolved, train, val = resolve_job(job)
+    return resolved, derive(resolved, len(train), len(val))
+
+
+def bytes_for(ready: Ready, images: float) -> int:
+    """Memory in which that many images fit at once."""
+    resolved, derived = ready
+    fixed = derived.cost.params * 4 * COPIES_OF_WEIGHTS + BASE_BYTES
+    return int(fixed + images * activation_bytes(resolved.recipe.network))
+
+
+def cpu(memory_bytes: int | None) -> Hardware:
+    return Hardware(0.0, 1.0, "CPU", memory_bytes)
+
+
+def test_enough_memory_is_described(ready: Ready) -> None:
+    name, text = check_memory(*ready, cpu(bytes_for(ready, 4.1)), 1)
+    assert name == "memory"
+    assert "4 at once" in text
+    assert f"{bytes_for(ready, 4.1) / GIB:.1f} GiB there (CPU)" in text
+
+
+def test_too_little_memory_names_the_number_that_fits(ready: Ready) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_memory(*ready, cpu(bytes_for(ready, 3.5)), 1)
+    assert caught.value.where == "train.bn_group"
+    assert caught.value.remedy.startswith("3 image(s) fit: set train.bn_group 3 or lower")
+
+
+def test_the_number_that_fits_does_fit(job: TrainJob, ready: Ready) -> None:
+    memory = cpu(bytes_for(ready, 2.5))
+    with pytest.raises(ConfigError, match=r"2 image\(s\) fit"):
+        check_memory(*ready, memory, 1)
+    resolved, train, val = resolve_job(replace(job, train=replace(job.train, bn_group=2)))
+    check_memory(resolved, derive(resolved, len(train), len(val)), memory, 1)
+
+
+def test_not_even_one_image_asks_for_a_smaller_network(ready: Ready) -> None:
+    with pytest.raises(ConfigError, match="smaller --phi or --image-size"):
+        check_memory(*ready, cpu(bytes_for(ready, 0.5)), 1)
+
+
+def test_workers_of_one_node_share_its_memory_but_not_their_gpus(ready: Ready) -> None:
+    memory = bytes_for(ready, 4.1)
+    with pytest.raises(ConfigError):
+        check_memory(*ready, cpu(memory), 2)
+    check_memory(*ready, replace(cpu(memory), device_kind="GPU"), 2)
+
+
+def test_unknown_memory_refuses_nothing(ready: Ready) -> None:
+    _, text = check_memory(*ready, cpu(None), 1)
+    assert "there" not in text
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpus", "expected"),
+    [
+        (LaunchConfig(workers=2), 2, (1.0, "GPU")),
+        (LaunchConfig(workers=2), 0, (0.0, "CPU")),
+        (LaunchConfig(workers=2, gpus_per_worker=0), 2, (0.0, "CPU")),
+        (LaunchConfig(workers=2, gpus_per_worker=0.5), 1, (0.5, "GPU")),
+    ],
+)
+def test_hardware_is_chosen(launch: LaunchConfig, gpus: float, expected: tuple[float, str]) -> None:
+    found = choose_hardware(TrainJob(launch=launch), cpus=8, gpus=gpus, local=False)
+    assert (found.gpus_per_worker, found.device_kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("launch", "where", "expected"),
+    [
+        (LaunchConfig(workers=3), "launch.gpus_per_worker", "at most 2 GPUs for 3 worker"),
+        (LaunchConfig(gpus_per_worker=4), "launch.gpus_per_worker", "at most 2 GPUs"),
+        (LaunchConfig(workers=9, gpus_per_worker=0), "launch.workers", "at most 8 CPUs"),
+        (LaunchConfig(workers=2, cpus_per_worker=5), "launch.workers", "at most 8 CPUs"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused(
+    launch: LaunchConfig, where: str, expected: str
+) -> None:
+    with pytest.raises(ClusterError) as caught:
+        choose_hardware(TrainJob(launch=launch), cpus=8, gpus=2, local=False)
+    assert caught.value.where == where
+    assert caught.value.expected.startswith(expected)
+
+
+def test_local_processes_may_share_cores() -> None:
+    job = TrainJob(launch=LaunchConfig(launcher="local", workers=4, gpus_per_worker=0))
+    assert choose_hardware(job, cpus=1, gpus=0, local=True).device_kind == "CPU"
+
+
+@pytest.mark.parametrize("damage", ["missing", "unreadable"])
+def test_missing_or_unreadable_image_is_named(
+    job: TrainJob, shapes: Path, tmp_path: Path, damage: str
+) -> None:
+    root = Path(shutil.copytree(shapes, tmp_path / "copied"))
+    image = root / "images" / "train" / "train_00003.jpg"
+    if damage == "missing":
+        image.unlink()
+    else:
+        image.write_bytes(image.read_bytes()[:200])
+    job = replace(job, data=DataConfig(root=str(root)))
+    resolved, train, _ = resolve_job(job)
+    with pytest.raises(DataError, match=r"^image train_00003\.jpg: ") as caught:
+        check_data(resolved.train, train, job)
+    assert ("1 of 8 images are missing" in str(caught.value)) == (damage == "missing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("check", "decoded"), [("sample", 8), ("all", 8), ("none", 0)])
+def test_images_are_decoded_as_asked(job: TrainJob, check: Any, decoded: int) -> None:
+    job = replace(job, data=replace(job.data, check=check))
+    resolved, train, _ = resolve_job(job)
+    assert check_data(resolved.train, train, job) == decoded
+    name, text = describe_data(resolved.train, train, "train data", decoded)
+    assert name == "train data"
+    assert "8 images" in text
+    assert "6 classes" in text
+    assert ("decoded" in text) == (decoded > 0)
+
+
+def test_every_derived_number_is_told(ready: Ready) -> None:
+    rows = dict(describe_model(*ready))
+    assert rows["network"].startswith("custom, from EfficientDet-D0: test_efficientnet (random")
+    for part in ("128 px", "16 channels", "fusion fast", "levels P3-P7"):
+        assert part in rows["network"]
+    assert f"{ready[1].cost.params:,} parameters" in rows["cost"]
+    assert rows["schedule"].startswith("20 steps of 4 images (10.0 epochs of 2 steps)")
+    assert rows["learning rate"].startswith("0.005 (0.08 for 64 images)")
+    assert rows["batch"] == ready[1].plan.describe()
+
+
+def test_published_network_is_called_by_its_name(job: TrainJob) -> None:
+    job = replace(job, model=TrainJob().model)
+    resolved, train, val = resolve_job(job)
+    rows = dict(describe_model(resolved, derive(resolved, len(train), len(val))))
+    assert rows["network"].startswith("EfficientDet-D0: tf_efficientnet_b0 (ImageNet), 512 px")
+
+
+def test_tracked_parameters_are_flat_and_hold_what_was_derived(ready: Ready) -> None:
+    params = as_params(*ready)
+    assert params["model.backbone"] == "test_efficientnet"
+    assert params["train.duration.steps"] == 20
+    assert params["network.fpn_channels"] == 16
+    assert params["derived.total_steps"] == 20
+    assert params["derived.params"] == ready[1].cost.params
+    assert not any(isinstance(value, dict) for value in params.values())
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("anchors", 1.0), ("specks", 0.0), ("half", 0.5)])
+def test_anchor_recall(ready: Ready, kind: str, expected: float) -> None:
+    """Boxes that are anchors are all covered, boxes of a pixel never, a crowd does not count."""
+    resolved, _ = ready
+    x0, y0, x1, y1 = make_anchors(resolved.recipe.network).T
+    inside = ((x0 >= 0) & (y0 >= 0) & (x1 <= 128) & (y1 <= 128)).nonzero().flatten()[:4].tolist()
+    assert inside
+    good = [[float(v) for v in (x0[i], y0[i], x1[i] - x0[i], y1[i] - y0[i])] for i in inside]
+    bad = [[5.0 * i, 9.0, 1.0, 1.0] for i in range(len(good))]
+    boxes = {"anchors": good, "specks": bad, "half": good + bad}[kind]
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for i, box in enumerate(boxes)
+    ]  # fmt: skip
+    annotations.append(annotations[0] | {"id": 99, "bbox": [60.0, 3.0, 2.0, 2.0], "iscrowd": 1})
+    document = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 128, "height": 128}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    index = parse_coco(json.dumps(document).encode(), "train.json")
+    assert anchor_recall(resolved, index) == pytest.approx(expected)
