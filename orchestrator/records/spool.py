@@ -115,9 +115,10 @@ class MetricSender:
         client: MlflowClient | None = None
         position = self.spool.position()
         while True:
+            closing = self._closing.is_set()  # asked before reading: what came before it is read
             records, after = self.spool.read(position, MAX_BATCH)
             if after == position:
-                if self._closing.is_set():
+                if closing:
                     return
                 self._wake.wait(POLL_S)
                 self._wake.clear()

@@ -127,7 +127,6 @@ def test_bad_data(
         (["--tracking-uri", "http://127.0.0.1:9"], "tracking.uri: expected an MLflow server"),
         (["--config", "jobs/configs/shape.yaml"], "--config: expected a YAML file"),
         (["--set", "data.classes=[sircle]"], "did you mean 'circle'?"),
-        (["--pretrained", "yes"], "or choose --pretrained no"),
         (["--gpus-per-worker", "1"], "launch.gpus_per_worker: expected at most 0 GPUs"),
         (["--resume"], "--resume: expected an unfinished run"),
         (["--resume", "0123"], "--resume: expected a run id of this tracker"),
@@ -140,7 +139,6 @@ def test_bad_request(
     arguments: list[str],
     expected: str,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)
     base = [*settings(), "--output", str(tmp_path / "out"), "--launcher", "local"]
     assert expected in refuse(capsys, monkeypatch, *base, *arguments)
@@ -173,6 +171,21 @@ def test_the_command_itself_exits_with_2_and_says_it_in_json(tmp_path: Path) -> 
     assert done.stderr.startswith("error: model.phi: expected one of 0, 1")
     assert "Traceback" not in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "refused"
+
+
+def test_backbone_weights_that_cannot_be_fetched(tmp_path: Path) -> None:
+    """Never a silent random backbone."""
+    done = subprocess.run(
+        command(
+            *settings(), "--launcher", "local", "--pretrained", "yes", "--output", str(tmp_path),
+            "--set", "model.backbone=tf_efficientnet_b0", "--set", "model.max_level=6",
+        ),
+        capture_output=True, text=True, env=environment(HF_HUB_OFFLINE="1"), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "model.pretrained: expected ImageNet weights of tf_efficientnet_b0.aa_in1k" in line
+    assert "--pretrained no" in line
 
 
 def test_dry_run_prints_a_table_and_trains_nothing(
