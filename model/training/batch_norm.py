@@ -49,15 +49,21 @@ class TeamBatchNorm2d(nn.BatchNorm2d):
 class _TeamNormalise(torch.autograd.Function):
     """(x - mean) / std * weight + bias with mean and variance of the whole team's images.
 
-    Forward gathers each worker's mean and variance and combines them exactly (no difference of
-    large squares); backward sums the two reductions of the usual batch-norm gradient.
+    One exchange forward (each worker's sum and squares around its own mean, combined exactly) and
+    one backward (the two sums of the usual gradient). Sums are in float64, as in torch's own CPU
+    kernel, and pixels are computed by its formulas: a random deep network multiplies a difference
+    in the last digit a thousandfold from input to loss.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
-        local_var, local_mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        local_count = x.numel() // x.shape[1]
+        local_mean = x.sum(dim=(0, 2, 3), dtype=torch.float64) / local_count
+        around = local_mean.to(x.dtype)
+        squares = (x - _spread(around)).square_().sum(dim=(0, 2, 3), dtype=torch.float64)
+        local_var = squares / local_count - (local_mean - around) ** 2
         workers = dist.get_world_size(group)
         mine = torch.stack([local_mean, local_var])
         gathered = [torch.empty_like(mine) for _ in range(workers)]
@@ -66,29 +72,36 @@ class _TeamNormalise(torch.autograd.Function):
         mean = every[:, 0].mean(dim=0)
         variance = (every[:, 1] + (every[:, 0] - mean) ** 2).mean(dim=0)
         inverse_std = torch.rsqrt(variance + eps)
-        factor, shift = weight * inverse_std, bias - mean * weight * inverse_std
-        out = (x * factor.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
-        ctx.save_for_backward(x, weight, mean, inverse_std)
-        ctx.group, ctx.workers = group, workers
-        ctx.mark_non_differentiable(mean, variance)
-        return out, mean, variance
+        mean_x, inverse_std_x = mean.to(x.dtype), inverse_std.to(x.dtype)
+        factor = inverse_std_x * weight
+        out = x * _spread(factor) + _spread(bias - mean_x * factor)
+        ctx.save_for_backward(x, weight, mean_x, inverse_std_x)
+        ctx.group, ctx.count = group, local_count * workers
+        mean_out, variance_out = mean.to(weight.dtype), variance.to(weight.dtype)
+        ctx.mark_non_differentiable(mean_out, variance_out)
+        return out, mean_out, variance_out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, inverse_std = ctx.saved_tensors
-        gradient = gradients[0]
-        centred = (x - mean.view(1, -1, 1, 1)) * inverse_std.view(1, -1, 1, 1)
-        grad_bias = gradient.sum(dim=(0, 2, 3))
-        grad_weight = (gradient * centred).sum(dim=(0, 2, 3))
-        sums = torch.stack([grad_bias, grad_weight])
+        gradient, centred = gradients[0], x - _spread(mean)
+        grad_bias = gradient.sum(dim=(0, 2, 3), dtype=torch.float64)
+        product = (gradient * centred).sum(dim=(0, 2, 3), dtype=torch.float64)
+        sums = torch.stack([grad_bias, product])
         dist.all_reduce(sums, group=ctx.group)
-        count = gradient.numel() // gradient.shape[1] * ctx.workers
-        mean_gradient, mean_product = (sums / count).view(2, 1, -1, 1, 1)
-        grad_x = (gradient - mean_gradient - centred * mean_product) * (weight * inverse_std).view(
-            1, -1, 1, 1
-        )
+        mean_gradient, mean_product = sums / ctx.count
+        slope = (mean_product * inverse_std.double() ** 2).to(x.dtype)
+        grad_x = (
+            gradient - _spread(mean_gradient.to(x.dtype)) - centred * _spread(slope)
+        ) * _spread(inverse_std * weight)
         # Weight and bias keep their local sums: the gradient reduction adds the workers up.
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
+        grad_weight = (product * inverse_std).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias.to(weight.dtype), None, None
+
+
+def _spread(values: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1]"""
+    return values.view(1, -1, 1, 1)
 
 
 def synchronise(module: nn.Module, plan: BatchPlan, rank: int, device: torch.device) -> nn.Module:

@@ -108,9 +108,10 @@ class LocalRuntime(ProcessGroupRuntime):
         store: CheckpointStore | None,
         sink: Callable[[int, Mapping[str, float]], None],
         device: torch.device | None = None,
+        threads: int | None = None,
     ) -> None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), threads)
         super().__init__(
             rank=int(os.environ.get("RANK", "0")),
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -150,12 +151,12 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def set_threads(workers_on_node: int) -> int:
-    """Share the node's cores between its workers, in the same way under every launcher.
+def set_threads(workers_on_node: int, threads: int | None = None) -> int:
+    """`threads`, or the node's cores shared between its workers, alike under every launcher.
 
     The number of threads decides how sums are split, so bit-equal curves need it to be equal.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // workers_on_node)
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // workers_on_node)
     torch.set_num_threads(threads)
     return threads
 

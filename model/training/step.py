@@ -71,8 +71,8 @@ class Trainee:
     ) -> None:
         self.recipe, self.plan, self.device = recipe, plan, device
         self.autocast = use_bf16(recipe, device)
-        layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        detector = detector.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        detector = detector.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
         average = copy.deepcopy(detector)  # before its batch norms hold process groups
         self.detector = synchronise(detector, plan, rank, device).train()
         self.anchors = make_anchors(recipe.network).to(device)
@@ -117,7 +117,8 @@ class Trainee:
             draw(self.detector, seed=seed, group_size=self.plan.group_size, rows=shard.rows)
             with self._gradients_stay_local(unless=index == len(self.shards) - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                    class_logits, box_codes = self.forward(batch.images)
+                    images = batch.images.contiguous(memory_format=self.layout)
+                    class_logits, box_codes = self.forward(images)
                 losses = detection_loss(
                     class_logits, box_codes, target, normaliser, self.recipe.loss
                 )

@@ -75,6 +75,8 @@ class LaunchConfig:
     """Who runs it. workers: training processes. gpus_per_worker: None is 1 where there are GPUs.
 
     cpus_per_worker: reserved for each (None: an even share of a local machine, else 1).
+    threads_per_worker: of torch on a CPU (None: the node's cores over its workers). Sums split over
+    other threads differ in their last digits, so curves to be compared bit for bit need it equal.
     max_failures: restarts of the worker group before the run is given up.
     collective_timeout_s: how long a rank waits for the others before the group is restarted.
     """
@@ -83,6 +85,7 @@ class LaunchConfig:
     workers: int = 1
     gpus_per_worker: float | None = None
     cpus_per_worker: float | None = None
+    threads_per_worker: int | None = None
     max_failures: int = 3
     collective_timeout_s: int = 1800
 

@@ -16,7 +16,7 @@ USER_ERROR = 2
 
 
 class Result(Protocol):
-    """Exit code and what --json prints."""
+    """Exit code and what --json prints; an empty report (of a rank that follows) is not printed."""
 
     @property
     def code(self) -> int: ...
@@ -39,6 +39,6 @@ def run_job(
             print(json.dumps({"status": "refused", "error": str(error)}))
         return USER_ERROR
     sys.stdout.flush()
-    if options.json:
+    if options.json and result.report:
         print(json.dumps(result.report), flush=True)
     return result.code

@@ -25,6 +25,10 @@ class Order:
     def device(self) -> torch.device | None:
         return _device(self.use_gpu)
 
+    @property
+    def threads(self) -> int | None:
+        return self.assignment.resolved.job.launch.threads_per_worker
+
 
 class Silence:
     """The board of ranks that show nothing."""
@@ -65,7 +69,9 @@ class Leader:
             self._tell(order)
         recorder = Recorder(order.assignment, board)
         store = open_store(order.assignment, board.say)
-        runtime = LocalRuntime(store=store, sink=recorder, device=order.device)
+        runtime = LocalRuntime(
+            store=store, sink=recorder, device=order.device, threads=order.threads
+        )
         try:
             return train(order.assignment, runtime, board)
         finally:
@@ -85,7 +91,9 @@ def follow(*, use_gpu: bool) -> int:
     if order is not None:
         board = Silence()
         store = open_store(order.assignment, board.say)
-        runtime = LocalRuntime(store=store, sink=board.log, device=order.device)
+        runtime = LocalRuntime(
+            store=store, sink=board.log, device=order.device, threads=order.threads
+        )
         result = train(order.assignment, runtime, board)
     _leave()
     return 1 if "diverged" in result else 0

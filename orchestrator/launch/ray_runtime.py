@@ -40,10 +40,14 @@ class RayRuntime(ProcessGroupRuntime):
     """One worker of a TorchTrainer."""
 
     def __init__(
-        self, *, store: CheckpointStore | None, sink: Callable[[int, Mapping[str, float]], None]
+        self,
+        *,
+        store: CheckpointStore | None,
+        sink: Callable[[int, Mapping[str, float]], None],
+        threads: int | None = None,
     ) -> None:
         context = ray.train.get_context()
-        set_threads(context.get_local_world_size())
+        set_threads(context.get_local_world_size(), threads)
         super().__init__(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
@@ -65,7 +69,11 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     store = open_store(assignment, board.say)
     rank = ray.train.get_context().get_world_rank()
     recorder = Recorder(assignment, board) if rank == 0 else None
-    runtime = RayRuntime(store=store, sink=recorder or (lambda step, metrics: None))
+    runtime = RayRuntime(
+        store=store,
+        sink=recorder or (lambda step, metrics: None),
+        threads=assignment.resolved.job.launch.threads_per_worker,
+    )
     try:
         return train(assignment, runtime, board)
     finally:

@@ -251,6 +251,7 @@ def _check_numbers(job: TrainJob) -> None:
     augment = job.data.augment
     for where, given, least in (
         ("launch.workers", job.launch.workers, 1),
+        ("launch.threads_per_worker", job.launch.threads_per_worker, 1),
         ("launch.max_failures", job.launch.max_failures, 0),
         ("launch.gpus_per_worker", job.launch.gpus_per_worker, 0),
         ("train.batch_size", job.train.batch_size, 1),
