@@ -27,7 +27,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     base = tmp_path_factory.mktemp("head")
     (base / "token").write_text("a-token-of-the-tests-0123456789")
     (base / "home").mkdir()
-    port, dashboard, client, agent, metrics = free_ports(5)
+    port, dashboard, agent, metrics = free_ports(4)
     env = environment(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(base / "token"),
@@ -39,7 +39,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         [
             RAY, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true",
             "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--dashboard-port={dashboard}",
             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
             "--temp-dir=/tmp/ray-submit-test", "--disable-usage-stats",
         ],
@@ -53,7 +53,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -99,4 +99,4 @@ def test_without_a_token_nobody_gets_in(head: dict[str, str]) -> None:
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "401" in done.stdout + done.stderr
+    assert "authentication" in done.stdout + done.stderr
