@@ -19,6 +19,7 @@ from model.data.transforms import (
     decode_image,
     letterbox_view,
     random_view,
+    shrink,
 )
 from model.errors import DataError
 
@@ -108,9 +109,9 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
             ) from None
         shrunk_by = _shrunk_by(picture.size, (height, width), name, drafted=draft is not None)
         on_picture = replace(view, scale=view.scale * shrunk_by)
-        pixels = apply_to_image(picture, on_picture, self.image_size_px, width / shrunk_by)
+        pixels = apply_to_image(picture, on_picture, self.image_size_px)
         boxes, labels = self.index.training_boxes(image)
-        boxes, labels = apply_to_boxes(boxes, labels, view, width)
+        boxes, labels = apply_to_boxes(boxes, labels, view)
         return Sample(image, pixels, boxes, labels, view.scale, view.size_hw)
 
     def _view(self, epoch: int, image: int, height: int, width: int) -> View:
@@ -122,7 +123,8 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
 
 def _draft(scale: float, height: int, width: int) -> int | None:
     """Smallest side that the JPEG decoder must keep, or None if it must not shrink."""
-    return None if scale > 0.5 else max(1, int(min(height, width) * scale))
+    factor = shrink(scale)
+    return None if factor == 1 else max(1, min(height, width) // factor)
 
 
 def _shrunk_by(

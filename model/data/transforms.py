@@ -1,17 +1,21 @@
 """Decode and augment one sample: everything random comes from (seed, epoch, image).
 
 Geometry is composed first and applied to the pixels once: the part of the source image that is
-seen is read, flipped and resized in one pass, then laid on a canvas of the mean colour, anchored
-top left. Boxes follow the same affine map.
+seen is resized in one pass, mirrored, then laid on a canvas of the mean colour, anchored top left.
+Boxes follow the same affine map.
 Source: google/automl `dataloader.py` (flip, scale jitter [.1, 2] relative to the output, crop, pad).
 """
 
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -34,9 +38,9 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class View:
-    """Where the image lands: network pixel = (source pixel * scale) - offset, flipped first.
+    """Where the image lands: network pixel = (source pixel * scale) - offset, then mirrored.
 
-    size_hw: extent of image content on the canvas.
+    size_hw: extent of image content on the canvas; `flip` mirrors within it.
     """
 
     scale: float
@@ -83,13 +87,19 @@ def letterbox_view(height: int, width: int, size_px: int) -> View:
 def random_view(
     height: int, width: int, size_px: int, config: AugmentConfig, rng: np.random.Generator
 ) -> View:
-    """Flip, scale so that the image fits `jitter * size_px`, crop a random window if it is larger."""
+    """Flip, scale so that the image fits `jitter * size_px`, crop a random window if it is larger.
+
+    A window begins at a whole pixel, also of a picture that its decoder shrinks by `shrink(scale)`.
+    """
     flip = bool(rng.random() < config.flip)
     jitter = rng.uniform(config.jitter_min, config.jitter_max)
     shift = rng.random(2)
     scale = jitter * size_px / max(height, width)
-    offset_x = float(max(0.0, width * scale - size_px) * shift[0])
-    offset_y = float(max(0.0, height * scale - size_px) * shift[1])
+    grid = scale * shrink(scale)
+    offset_x, offset_y = (
+        float(max(0.0, side * scale - size_px) * share // grid * grid)
+        for side, share in zip((width, height), shift, strict=True)
+    )
     size_hw = (
         min(size_px, max(1, round(height * scale - offset_y))),
         min(size_px, max(1, round(width * scale - offset_x))),
@@ -97,42 +107,60 @@ def random_view(
     return View(scale, (offset_x, offset_y), flip, size_hw)
 
 
-def apply_to_image(
-    image: Image.Image, view: View, size_px: int, source_width: float
-) -> NDArray[np.uint8]:
+def shrink(scale: float) -> int:
+    """What a JPEG decoder may leave out for a view of this scale: 1, 2, 4 or 8 pixels in one."""
+    return max(factor for factor in (1, 2, 4, 8) if factor == 1 or factor * scale <= 1.0)
+
+
+def apply_to_image(image: Image.Image, view: View, size_px: int) -> NDArray[np.uint8]:
     """RGB image -> uint8 [size_px, size_px, 3], content top left, mean colour elsewhere.
 
-    source_width: of the scene in pixels of `image`. A JPEG decoder that shrinks rounds its picture
-    up, so the last column may be partly beyond the scene; a flip is about the scene's middle.
+    Torch's resize has Pillow's filter in vector instructions: three times quicker, same pixels.
     """
-    height, width = view.size_hw
-    left, top = view.offset_xy[0] / view.scale, view.offset_xy[1] / view.scale
-    right = min(left + width / view.scale, source_width)
-    bottom = min(top + height / view.scale, float(image.height))
-    if view.flip:
-        left, right = source_width - right, source_width - left
-    content = image.resize(
-        (width, height),
-        Image.Resampling.BILINEAR,
-        box=(left, top, right, bottom),
-        reducing_gap=2.0,
+    (left, right, out_w), (top, bottom, out_h) = (
+        _span(side, offset / view.scale, content, view.scale)
+        for side, offset, content in zip(
+            image.size, view.offset_xy, reversed(view.size_hw), strict=True
+        )
     )
-    pixels = np.asarray(content)
+    if (right - left, bottom - top) != image.size:
+        image = image.crop((left, top, right, bottom))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    if (out_w, out_h) != image.size:
+        pixels = F.interpolate(pixels, size=(out_h, out_w), mode="bilinear", antialias=True)
+    height, width = view.size_hw
+    content = pixels[..., :height, :width]
+    if view.flip:
+        content = content.flip(3)
+    canvas = _empty_canvas(size_px).copy()
+    canvas[:height, :width] = content[0].permute(1, 2, 0).numpy()
+    return canvas
+
+
+def _span(side: int, offset: float, content: int, scale: float) -> tuple[int, int, int]:
+    """First and last + 1 of the pixels that are seen, and how many they become (at least `content`)."""
+    first = min(round(offset), side - 1)
+    last = min(side, first + max(1, math.ceil(content / scale - 1e-6)))
+    return first, last, max(content, round((last - first) * scale))
+
+
+@cache
+def _empty_canvas(size_px: int) -> NDArray[np.uint8]:
+    """Copying one is many times quicker than filling one with three values."""
     canvas = np.empty((size_px, size_px, 3), dtype=np.uint8)
     canvas[:] = PAD_RGB
-    canvas[:height, :width] = pixels[:, ::-1] if view.flip else pixels
+    canvas.flags.writeable = False
     return canvas
 
 
 def apply_to_boxes(
-    boxes_xyxy: NDArray[np.float32], labels: NDArray[np.int64], view: View, source_width: int
+    boxes_xyxy: NDArray[np.float32], labels: NDArray[np.int64], view: View
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Boxes of the source [m, 4] -> those still visible in the view, clipped to it."""
-    boxes = boxes_xyxy.astype(np.float64)
-    if view.flip:
-        boxes[:, [0, 2]] = source_width - boxes[:, [2, 0]]
-    boxes = boxes * view.scale - np.array(view.offset_xy * 2)
+    boxes = boxes_xyxy.astype(np.float64) * view.scale - np.array(view.offset_xy * 2)
     height, width = view.size_hw
+    if view.flip:
+        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     boxes = np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float64))
     visible = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_VISIBLE_PX).all(axis=1)
     return boxes[visible].astype(np.float32), labels[visible]

@@ -9,12 +9,15 @@ Source: arXiv 1911.09070v7 §5.1; google/automl `det_model_fn.py`; reference fac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.detection.matching import Targets
+
+PIECE = 2**17  # elements whose temporaries fit a core's cache
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,60 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Te
     """Sum over anchors and classes. logits [B, A, K]; labels int64 [B, A], -1 for background.
 
     All entries are counted as negatives first, then the labelled ones are exchanged: no one-hot
-    tensor is made.
+    tensor is made. The gradient is computed beside the value, in pieces that stay in the cache, so
+    that it is the only tensor of this size that is kept.
     """
-    negatives = (1.0 - alpha) * torch.sigmoid(logits).pow(gamma) * F.softplus(logits)
-    positive = labels >= 0
-    at_label = logits.gather(2, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    probability = torch.sigmoid(at_label)
-    as_positive = alpha * (1.0 - probability).pow(gamma) * F.softplus(-at_label)
-    as_negative = (1.0 - alpha) * probability.pow(gamma) * F.softplus(at_label)
-    exchange = torch.where(positive, as_positive - as_negative, torch.zeros_like(at_label))
-    return negatives.sum() + exchange.sum()
+    return cast(Tensor, _FocalLoss.apply(logits, labels, alpha, gamma))
+
+
+class _FocalLoss(torch.autograd.Function):
+    """With p = sigmoid(x), of a negative: (1 - alpha) p^gamma softplus(x), whose derivative is
+    (1 - alpha) p^gamma (gamma (1 - p) softplus(x) + p). A positive is the same of -x, with alpha.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
+        x = logits.detach().reshape(-1)
+        gradient = torch.empty_like(x)
+        total = x.new_zeros(())
+        piece = PIECE if x.device.type == "cpu" else max(1, x.numel())
+        for part, target in zip(x.split(piece), gradient.split(piece), strict=True):
+            total += _focal_term(part, 1.0 - alpha, gamma, out=target)
+        gradient = gradient.view_as(logits)
+
+        positive = labels >= 0
+        index = labels.clamp(min=0).unsqueeze(-1)
+        at_label = logits.detach().gather(2, index).squeeze(-1)
+        as_negative, slope_negative = _focal(at_label, 1.0 - alpha, gamma)
+        as_positive, slope_positive = _focal(-at_label, alpha, gamma)
+        total += ((as_positive - as_negative) * positive).sum()
+        gradient.scatter_add_(
+            2, index, ((-slope_positive - slope_negative) * positive).unsqueeze(-1)
+        )
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None, None
+
+
+def _focal_term(x: Tensor, weight: float, gamma: float, *, out: Tensor) -> Tensor:
+    """Sum of the loss of negatives x [n]; its derivative goes into `out` [n]."""
+    p, softplus = torch.sigmoid(x), F.softplus(x)
+    modulator = p.sqrt().mul_(p) if gamma == 1.5 else p.pow(gamma)
+    total = torch.dot(modulator, softplus) * weight
+    torch.addcmul(softplus, p, softplus, value=-1.0, out=out)
+    out.mul_(gamma).add_(p).mul_(modulator).mul_(weight)
+    return total
+
+
+def _focal(x: Tensor, weight: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """Loss of each negative x and its derivative, of the same shape."""
+    p, softplus = torch.sigmoid(x), F.softplus(x)
+    modulator = weight * p.pow(gamma)
+    return modulator * softplus, modulator * (gamma * (1.0 - p) * softplus + p)
 
 
 def huber_loss(codes: Tensor, target_codes: Tensor, delta: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""timm backbones: features at strides 8, 16 and 32 (P3, P4, P5).
+"""timm backbones: features at strides 8, 16 and 32 (P3, P4, P5), and 4 (P2) where asked for.
 
 Channels are read from timm's `feature_info` and checked against a forward pass's contract when
 the network is built, because timm renames and re-tags models between releases.
@@ -18,45 +18,56 @@ from model.network.stochastic_depth import replace_drop_path
 
 # The paper's backbones were trained on ImageNet-1k with AutoAugment; timm's default tag is NoisyStudent.
 PRETRAINED_TAG = "aa_in1k"
-STRIDES = (8, 16, 32)
+LAST_LEVEL = 5
 
 
 class Backbone(nn.Module):
-    """images [B, 3, R, R] normalised -> [P3, P4, P5], P_l: [B, channels[l], R/2^l, R/2^l]."""
+    """images [B, 3, R, R] normalised -> [P_min, ..., P5], P_l: [B, channels[l], R/2^l, R/2^l]."""
 
-    def __init__(self, name: str, *, pretrained: bool, drop_path: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool,
+        drop_path: float,
+        min_level: int = 3,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.network = _create(name, pretrained=pretrained, drop_path=drop_path)
+        self.network = _create(name, pretrained, drop_path, min_level)
         info = cast("timm.models.FeatureInfo", self.network.feature_info)
-        if tuple(info.reduction()) != STRIDES:
+        strides = tuple(2**level for level in range(min_level, LAST_LEVEL + 1))
+        if tuple(info.reduction()) != strides:
             raise ConfigError(
                 "model.backbone",
-                f"features at strides {STRIDES}",
+                f"features at strides {strides}",
                 f"{name} with strides {tuple(info.reduction())}",
                 "choose an EfficientNet-like timm network",
             )
         self.channels: tuple[int, ...] = tuple(info.channels())
         replace_drop_path(self.network)
+        if recompute:
+            _recompute_stages(self.network, name)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return cast("list[Tensor]", self.network(images))
 
 
-def _create(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
+def _create(name: str, pretrained: bool, drop_path: float, min_level: int) -> nn.Module:
     known = timm.list_models()
     if name.split(".")[0] not in known:
         raise ConfigError(
             "model.backbone", "a timm network", repr(name), nearest(name.split(".")[0], known)
         )
     if not pretrained:
-        return _features(name.split(".")[0], pretrained=False, drop_path=drop_path)
+        return _features(name.split(".")[0], False, drop_path, min_level)
     tagged = name if "." in name else f"{name}.{PRETRAINED_TAG}"
     if tagged not in timm.list_pretrained(f"{name.split('.')[0]}*"):
         tagged = name
     # The hub client logs every retry of its own; one line of ours says it all.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return _features(tagged, pretrained=True, drop_path=drop_path)
+        return _features(tagged, True, drop_path, min_level)
     except (OSError, RuntimeError) as error:
         # RuntimeError too: timm's message for a model without weights, httpx's for a closed client.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -69,16 +80,20 @@ def _create(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
         ) from error
 
 
-def _features(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
+def _features(name: str, pretrained: bool, drop_path: float, min_level: int) -> nn.Module:
     kwargs: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path > 0 else {}
     try:
         network = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=(2, 3, 4), **kwargs
+            name,
+            pretrained=pretrained,
+            features_only=True,
+            out_indices=tuple(range(min_level - 1, LAST_LEVEL)),
+            **kwargs,
         )
     except IndexError:
         raise ConfigError(
             "model.backbone",
-            f"features at strides {STRIDES}",
+            f"features at strides up to {2**LAST_LEVEL}",
             f"{name} with fewer than five stages",
             "choose an EfficientNet-like timm network",
         ) from None
@@ -94,6 +109,18 @@ def _features(name: str, *, pretrained: bool, drop_path: float) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"timm.create_model returned {type(network)}")
     return network
+
+
+def _recompute_stages(network: nn.Module, name: str) -> None:
+    switch = getattr(network, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError(
+            "train.checkpoint_activations",
+            "a backbone that can",
+            f"{name}, which timm gives no stages to compute again",
+            "set it to no, or choose an EfficientNet",
+        )
+    switch(True)
 
 
 def init_batch_norm(module: nn.Module, *, momentum: float, eps: float) -> None:

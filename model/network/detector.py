@@ -25,20 +25,24 @@ class Detector(nn.Module):
     std: Tensor
 
     def __init__(
-        self, spec: NetworkSpec, *, pretrained: bool = False, bn_momentum: float = 0.01
+        self,
+        spec: NetworkSpec,
+        *,
+        pretrained: bool = False,
+        bn_momentum: float = 0.01,
+        recompute: bool = False,
     ) -> None:
+        """recompute: keep only what passes between stages; the backward pass computes the rest."""
         super().__init__()
         self.spec = spec
-        self.backbone = Backbone(spec.backbone, pretrained=pretrained, drop_path=spec.drop_path)
-        self.pyramid = Pyramid(
-            topology=spec.topology,
+        self.backbone = Backbone(
+            spec.backbone,
             min_level=spec.min_level,
-            max_level=spec.max_level,
-            in_channels=self.backbone.channels,
-            width=spec.fpn_channels,
-            repeats=spec.fpn_repeats,
-            fusion=spec.fusion,
+            pretrained=pretrained,
+            drop_path=spec.drop_path,
+            recompute=recompute,
         )
+        self.pyramid = Pyramid(spec, self.backbone.channels, recompute=recompute)
 
         def head(out_per_anchor: int, bias: float) -> Head:
             return Head(
@@ -48,14 +52,25 @@ class Detector(nn.Module):
                 anchors_per_cell=spec.anchors_per_cell,
                 out_per_anchor=out_per_anchor,
                 bias=bias,
+                redundant_bias=spec.redundant_bias,
+                recompute=recompute,
             )
 
         self.class_head = head(spec.num_classes, class_bias())
         self.box_head = head(4, 0.0)
         init_batch_norm(self, momentum=bn_momentum, eps=BATCH_NORM_EPS)
+        init_batch_norm(self.backbone, momentum=bn_momentum, eps=spec.backbone_bn_eps)
         for name, value in (("mean", MEAN), ("std", STD)):
             scaled = torch.tensor(value).view(1, 3, 1, 1) * 255.0
             self.register_buffer(name, scaled, persistent=False)
+
+    def stages(self) -> dict[str, nn.Module]:
+        """The parts that are computed again as one where activations are not kept."""
+        blocks = getattr(self.backbone.network, "blocks", None)
+        backbone = list(blocks) if blocks is not None else [self.backbone]
+        named = {f"backbone.{index}": stage for index, stage in enumerate(backbone)}
+        named |= {f"pyramid.{index}": cell for index, cell in enumerate(self.pyramid.cells)}
+        return named | {"class_head": self.class_head, "box_head": self.box_head}
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 or float pixels in 0..255 [B, 3, H, W] -> float32, ImageNet mean 0 and std 1."""

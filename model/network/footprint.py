@@ -90,8 +90,8 @@ def round_channels(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def backbone_cost(index: int, image_size_px: int) -> tuple[Cost, tuple[int, int, int]]:
-    """Cost of b0..b7 up to P5 (no classifier head) and the channels of P3, P4, P5."""
+def backbone_cost(index: int, image_size_px: int) -> tuple[Cost, tuple[int, ...]]:
+    """Cost of b0..b7 up to P5 (no classifier head) and the channels of P2 to P5."""
     width, depth = MULTIPLIERS[index]
     in_channels = round_channels(STEM_CHANNELS * width)
     side = (image_size_px + 1) // 2
@@ -116,8 +116,7 @@ def backbone_cost(index: int, image_size_px: int) -> tuple[Cost, tuple[int, int,
             macs += middle * out_channels * out_side * out_side
             in_channels, side = out_channels, out_side
         channels_by_stage.append(out_channels)
-    features = (channels_by_stage[2], channels_by_stage[4], channels_by_stage[6])
-    return Cost(params, macs), features
+    return Cost(params, macs), tuple(channels_by_stage[stage] for stage in (1, 2, 4, 6))
 
 
 def pyramid_cost(spec: NetworkSpec, channels: tuple[int, ...]) -> Cost:
@@ -128,17 +127,20 @@ def pyramid_cost(spec: NetworkSpec, channels: tuple[int, ...]) -> Cost:
     first = [*channels, *[width] * (topology.num_levels - len(channels) + len(topology.nodes))]
     later = [width] * len(first)
     p5_cells = sides[5] ** 2
-    params = channels[-1] * width + 3 * width
+    # Of a 1x1 or separable convolution: its bias, if it has one, and batch norm's two.
+    per_channel = 3 if spec.redundant_bias else 2
+    params = channels[-1] * width + per_channel * width
     macs = channels[-1] * width * p5_cells
     weights_per_edge = 0 if spec.fusion == "sum" else 1
     for repeat in range(spec.fpn_repeats):
         sources = first if repeat == 0 else later
         for node in topology.nodes:
-            params += 9 * width + width * width + 3 * width + weights_per_edge * len(node.inputs)
+            params += 9 * width + width * width + per_channel * width
+            params += weights_per_edge * len(node.inputs)
             macs += (9 * width + width * width) * sides[node.level] ** 2
             for source in node.inputs:
                 if sources[source] != width:
-                    params += sources[source] * width + 3 * width
+                    params += sources[source] * width + per_channel * width
                     macs += sources[source] * width * sides[levels[source]] ** 2
     return Cost(params, macs)
 
@@ -148,7 +150,8 @@ def head_cost(spec: NetworkSpec, out_per_anchor: int) -> Cost:
     out = spec.anchors_per_cell * out_per_anchor
     sides = spec.level_sizes_px()
     cells = sum(sides[level] ** 2 for level in range(spec.min_level, spec.max_level + 1))
-    params = layers * (9 * width + width * width + width)
+    bias = width if spec.redundant_bias else 0
+    params = layers * (9 * width + width * width + bias)
     params += 2 * width * layers * spec.num_levels + 9 * width + width * out + out
     macs = cells * (layers * (9 * width + width * width) + 9 * width + width * out)
     return Cost(params, macs)
@@ -158,7 +161,8 @@ def network_cost(spec: NetworkSpec) -> NetworkCost:
     """Closed form for b0..b7; for another timm backbone that part is counted on the meta device."""
     index = backbone_index(spec.backbone)
     if index is not None:
-        cost, channels = backbone_cost(index, spec.image_size_px)
+        cost, all_channels = backbone_cost(index, spec.image_size_px)
+        channels = all_channels[spec.min_level - 2 :]
     else:
         cost, channels = _meta_backbone_cost(spec)
     return NetworkCost(
@@ -166,23 +170,40 @@ def network_cost(spec: NetworkSpec) -> NetworkCost:
     )
 
 
-def _meta_backbone_cost(spec: NetworkSpec) -> tuple[Cost, tuple[int, int, int]]:
+def _meta_backbone_cost(spec: NetworkSpec) -> tuple[Cost, tuple[int, ...]]:
     from model.network.backbone import Backbone, num_parameters
 
     with torch.device("meta"):
-        backbone = Backbone(spec.backbone, pretrained=False, drop_path=0.0).eval()
+        backbone = Backbone(
+            spec.backbone, pretrained=False, drop_path=0.0, min_level=spec.min_level
+        ).eval()
         image = torch.empty(1, 3, spec.image_size_px, spec.image_size_px)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         backbone(image)
-    p3, p4, p5 = backbone.channels
-    return Cost(num_parameters(backbone), counter.get_total_flops() // 2), (p3, p4, p5)
+    return Cost(num_parameters(backbone), counter.get_total_flops() // 2), backbone.channels
 
 
-def activation_bytes(spec: NetworkSpec, *, half_precision: bool = False) -> int:
-    """Bytes that autograd keeps for the backward pass of one training image, parameters excluded.
+@dataclass(frozen=True)
+class Activations:
+    """Bytes for one training image. saved: kept for the backward pass, by stage; passed: what goes
+    from stage to stage.
+    """
 
-    Traced in float32; bfloat16 autocast keeps about half.
+    saved: dict[str, int]
+    passed: int
+
+    def total(self, *, recompute: bool) -> int:
+        """With `recompute` what is passed, and the largest stage while it is computed again."""
+        if recompute:
+            return self.passed + max(self.saved.values())
+        return sum(self.saved.values())
+
+
+def activations(spec: NetworkSpec, *, half_precision: bool = False) -> Activations:
+    """What autograd keeps while one image is trained on, parameters excluded.
+
+    Traced in float32 on the meta device; bfloat16 autocast keeps about half.
     """
     from model.network.detector import Detector
 
@@ -191,17 +212,35 @@ def activation_bytes(spec: NetworkSpec, *, half_precision: bool = False) -> int:
         # Two, and half of the sum: batch norm refuses a single value, and the top level may be 1x1.
         images = torch.empty(2, 3, spec.image_size_px, spec.image_size_px)
     parameters = {id(p) for p in detector.parameters()}
-    saved: dict[tuple[int, int], int] = {}
+    owner: dict[tuple[int, int], tuple[str, int]] = {}
+    outputs: dict[int, int] = {}
+    alive: list[Tensor] = []  # until the count is done, so that no storage is counted twice
+    stage = "between"
 
     def pack(tensor: Tensor) -> Tensor:
         if id(tensor) not in parameters and tensor.numel() > 1:
             storage = tensor.untyped_storage()
-            saved[(storage._cdata, tensor.data_ptr())] = storage.nbytes()
-        kept.append(tensor)
+            owner.setdefault((storage._cdata, tensor.data_ptr()), (stage, storage.nbytes()))
+        alive.append(tensor)
         return tensor
 
-    kept: list[Tensor] = []  # alive until the count is done, so that no storage is counted twice
+    def enter(name: str) -> None:
+        nonlocal stage
+        stage = name
+
+    def leave(result: Tensor | list[Tensor]) -> None:
+        enter("between")
+        for tensor in [result] if isinstance(result, Tensor) else result:
+            outputs[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+
+    for name, module in detector.stages().items():
+        module.register_forward_pre_hook(lambda _, __, name=name: enter(name))
+        module.register_forward_hook(lambda _, __, result: leave(result))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         detector(images)
-    total = sum(saved.values()) // 2
-    return total // 2 if half_precision else total
+    share = 4 if half_precision else 2  # two images, and half the bytes
+    saved: dict[str, int] = {}
+    for name, size in owner.values():
+        saved[name] = saved.get(name, 0) + size // share
+    return Activations(saved, sum(outputs.values()) // share)

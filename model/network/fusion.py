@@ -63,8 +63,8 @@ class SumFusion(nn.Module):
         super().__init__()
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        fused = inputs[0] + inputs[1]
-        for feature in inputs[2:]:
+        fused = inputs[0]
+        for feature in inputs[1:]:
             fused = fused + feature
         return fused
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.network.layers import SeparableConv
+from model.network.layers import SeparableConv, run
 
 PRIOR_PROBABILITY = 0.01
 
@@ -30,10 +30,15 @@ class Head(nn.Module):
         anchors_per_cell: int,
         out_per_anchor: int,
         bias: float = 0.0,
+        redundant_bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.out_per_anchor = out_per_anchor
-        self.convs = nn.ModuleList(SeparableConv(width, width) for _ in range(layers))
+        self.convs = nn.ModuleList(
+            SeparableConv(width, width, bias=redundant_bias) for _ in range(layers)
+        )
         self.norms = nn.ModuleList(
             nn.ModuleList(nn.BatchNorm2d(width) for _ in range(num_levels)) for _ in range(layers)
         )
@@ -44,14 +49,34 @@ class Head(nn.Module):
         self.predict.init_variance_scaling(bias)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        outputs = []
-        for level, feature in enumerate(features):
-            for conv, norms in zip(self.convs, self.norms, strict=True):
-                assert isinstance(norms, nn.ModuleList)
-                feature = F.silu(norms[level](conv(feature)))
-            raw = self.predict(feature)
-            outputs.append(raw.permute(0, 2, 3, 1).reshape(raw.shape[0], -1, self.out_per_anchor))
+        if self.recompute and self.training:
+            outputs = [
+                run(self._of_levels, [level], [feature], again=True)[0]
+                for level, feature in enumerate(features)
+            ]
+        else:
+            outputs = self._of_levels(range(len(features)), features)
         return torch.cat(outputs, dim=1)
+
+    def _of_levels(self, levels: Sequence[int], features: Sequence[Tensor]) -> list[Tensor]:
+        """Layer by layer, so that batch norms shared by workers exchange all levels at once."""
+        for conv, norms in zip(self.convs, self.norms, strict=True):
+            assert isinstance(norms, nn.ModuleList)
+            features = _normalise(
+                [norms[level] for level in levels], [conv(feature) for feature in features]
+            )
+            features = [F.silu(feature) for feature in features]
+        raw = [self.predict(feature) for feature in features]
+        return [r.permute(0, 2, 3, 1).reshape(r.shape[0], -1, self.out_per_anchor) for r in raw]
+
+
+def _normalise(norms: Sequence[nn.Module], features: Sequence[Tensor]) -> list[Tensor]:
+    """Each feature by its own norm; norms that can work `together` do."""
+    together = getattr(norms[0], "together", None)
+    if together is not None:
+        found: list[Tensor] = together(norms, features)
+        return found
+    return [norm(feature) for norm, feature in zip(norms, features, strict=True)]
 
 
 def class_bias() -> float:

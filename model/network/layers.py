@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.network.scaling import Padding
+
+Out = TypeVar("Out")
 
 
 class SeparableConv(nn.Module):
-    """3x3 depthwise without bias, then 1x1 pointwise with bias; no norm, no activation."""
+    """3x3 depthwise without bias, then 1x1 pointwise; no norm, no activation."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(
             in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False
         )
-        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=True)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.pointwise(self.depthwise(x))
@@ -35,6 +42,17 @@ class SeparableConv(nn.Module):
             nn.init.normal_(conv.weight, std=1.0 / math.sqrt(fan_in))
         if self.pointwise.bias is not None:
             nn.init.constant_(self.pointwise.bias, bias)
+
+
+def run(block: Callable[..., Out], *inputs: Any, again: bool) -> Out:
+    """`block(*inputs)`; with `again` only its inputs are kept, and backward computes it once more.
+
+    The second pass moves batch norms' running statistics a second time: see
+    `model.training.batch_norm.RunningStatistics`.
+    """
+    if not again:
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def glorot_uniform(weight: Tensor) -> None:
@@ -67,11 +85,18 @@ def max_pool_same(x: Tensor, stride: int = 2) -> Tensor:
     return F.max_pool2d(F.pad(x, pads, value=float("-inf")), stride + 1, stride)
 
 
-def resize_to(x: Tensor, side: tuple[int, int]) -> Tensor:
-    """Nearest up-sampling or SAME max-pooling of [B, C, h, w] to [B, C, *side]."""
+def max_pool(x: Tensor, stride: int, padding: Padding) -> Tensor:
+    """Down-sampling by a whole factor. "symmetric" is defined for 2 only; larger strides are SAME."""
+    if padding == "symmetric" and stride == 2:
+        return F.max_pool2d(x, 3, 2, padding=1)
+    return max_pool_same(x, stride)
+
+
+def resize_to(x: Tensor, side: tuple[int, int], padding: Padding = "same") -> Tensor:
+    """Nearest up-sampling or max-pooling of [B, C, h, w] to [B, C, *side]."""
     height, width = x.shape[-2:]
     if (height, width) == side:
         return x
     if height >= side[0] and width >= side[1]:
-        return max_pool_same(x, (height - 1) // side[0] + 1)
+        return max_pool(x, (height - 1) // side[0] + 1, padding)
     return F.interpolate(x, size=side, mode="nearest")

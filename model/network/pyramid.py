@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.network.fusion import FUSIONS
-from model.network.layers import SeparableConv, glorot_uniform, max_pool_same, resize_to, zero_bias
+from model.network.layers import SeparableConv, glorot_uniform, max_pool, resize_to, run, zero_bias
+from model.network.scaling import NetworkSpec, Padding
 from model.network.topology import TOPOLOGIES, Node, Topology
 
 
 class Lateral(nn.Sequential):
-    """1x1 conv with bias and batch norm, from a backbone's channels to W."""
+    """1x1 conv and batch norm, from a backbone's channels to W."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, 1, bias=True)
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
         glorot_uniform(conv.weight)
         zero_bias(conv)
         super().__init__(conv, nn.BatchNorm2d(out_channels))
@@ -32,18 +33,20 @@ class Lateral(nn.Sequential):
 class FusionNode(nn.Module):
     """Fuses the features of one node; `laterals` holds a 1x1 for each input not yet W wide."""
 
-    def __init__(self, node: Node, in_channels: Sequence[int], width: int, fusion: str) -> None:
+    def __init__(self, node: Node, in_channels: Sequence[int], spec: NetworkSpec) -> None:
         super().__init__()
+        width, bias = spec.fpn_channels, spec.redundant_bias
         self.inputs = node.inputs
+        self.padding: Padding = spec.padding
         self.laterals = nn.ModuleDict(
             {
-                str(position): Lateral(channels, width)
+                str(position): Lateral(channels, width, bias=bias)
                 for position, channels in enumerate(in_channels)
                 if channels != width
             }
         )
-        self.fuse = FUSIONS[fusion](len(node.inputs))
-        self.conv = SeparableConv(width, width)
+        self.fuse = FUSIONS[spec.fusion](len(node.inputs))
+        self.conv = SeparableConv(width, width, bias=bias)
         self.conv.init_glorot()
         self.norm = nn.BatchNorm2d(width)
 
@@ -53,7 +56,7 @@ class FusionNode(nn.Module):
             feature = features[source]
             if str(position) in self.laterals:
                 feature = self.laterals[str(position)](feature)
-            inputs.append(resize_to(feature, side))
+            inputs.append(resize_to(feature, side, self.padding))
         out: Tensor = self.norm(self.conv(F.silu(self.fuse(inputs))))
         return out
 
@@ -61,16 +64,13 @@ class FusionNode(nn.Module):
 class Cell(nn.Module):
     """One repeat of the topology: L features in, L features of width W out."""
 
-    def __init__(
-        self, topology: Topology, in_channels: Sequence[int], width: int, fusion: str
-    ) -> None:
+    def __init__(self, topology: Topology, in_channels: Sequence[int], spec: NetworkSpec) -> None:
         super().__init__()
         self.outputs = topology.outputs
         self.node_level_index = [node.level - topology.min_level for node in topology.nodes]
-        channels = [*in_channels, *[width] * len(topology.nodes)]
+        channels = [*in_channels, *[spec.fpn_channels] * len(topology.nodes)]
         self.nodes = nn.ModuleList(
-            FusionNode(node, [channels[i] for i in node.inputs], width, fusion)
-            for node in topology.nodes
+            FusionNode(node, [channels[i] for i in node.inputs], spec) for node in topology.nodes
         )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
@@ -82,38 +82,33 @@ class Cell(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """[P3, P4, P5] of a backbone -> [P3, ..., P_max], each W channels.
+    """[P_min, ..., P5] of a backbone -> [P_min, ..., P_max], each W channels.
 
     P6 is the pooled 1x1 of P5, each coarser level the pool of the one before.
     """
 
     def __init__(
-        self,
-        *,
-        topology: str,
-        min_level: int,
-        max_level: int,
-        in_channels: Sequence[int],
-        width: int,
-        repeats: int,
-        fusion: str,
+        self, spec: NetworkSpec, in_channels: Sequence[int], *, recompute: bool = False
     ) -> None:
         super().__init__()
-        graph = TOPOLOGIES[topology](min_level, max_level)
+        self.recompute = recompute
+        width = spec.fpn_channels
+        graph = TOPOLOGIES[spec.topology](spec.min_level, spec.max_level)
+        self.padding: Padding = spec.padding
         self.num_extra = graph.num_levels - len(in_channels)
-        self.extra = Lateral(in_channels[-1], width)
+        self.extra = Lateral(in_channels[-1], width, bias=spec.redundant_bias)
         first = [*in_channels, *[width] * self.num_extra]
         later = [width] * graph.num_levels
         self.cells = nn.ModuleList(
-            Cell(graph, first if repeat == 0 else later, width, fusion) for repeat in range(repeats)
+            Cell(graph, first if repeat == 0 else later, spec) for repeat in range(spec.fpn_repeats)
         )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         features = list(features)
         coarse: Tensor = self.extra(features[-1])
         for _ in range(self.num_extra):
-            coarse = max_pool_same(coarse)
+            coarse = max_pool(coarse, 2, self.padding)
             features.append(coarse)
         for cell in self.cells:
-            features = cell(features)
+            features = run(cell, features, again=self.recompute and self.training)
         return features

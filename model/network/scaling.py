@@ -17,7 +17,10 @@ from model.errors import ConfigError
 
 Phi = Literal["0", "1", "2", "3", "4", "5", "6", "7", "7x"]
 FusionKind = Literal["fast", "softmax", "unbounded", "sum"]
-TopologyKind = Literal["bifpn"]
+TopologyKind = Literal["bifpn", "fpn", "panet", "simplified_panet", "nas_fpn", "fully_connected"]
+Variant = Literal["tf", "pytorch"]
+Padding = Literal["same", "symmetric"]
+Part = Literal["backbone", "pyramid", "class_head", "box_head"]
 
 Number = TypeVar("Number", int, float)
 
@@ -72,6 +75,12 @@ class ModelConfig:
     """The network that is asked for; None means "as the phi table says".
 
     pretrained: ImageNet weights for the backbone; "auto" is yes for your data, no for the demo.
+    init: weights to start from: a checkpoint of ours (folder or URI), an effdet weight file, or a
+    name that effdet published, such as tf_efficientdet_d0.
+    freeze: parts that stay as they are, their batch norms' statistics included.
+    variant: "tf" is the released models (TensorFlow's SAME padding, a bias before each batch norm);
+    "pytorch" is effdet's own efficientdet_dN (symmetric padding; up to D3 none of those biases).
+    min_level, max_level: finest (2 or 3) and coarsest (6 to 8) level of the pyramid.
     drop_path: stochastic depth rate at the last block, linear from 0 at the first.
     backbone: the name of any timm network with features at strides 8, 16 and 32.
     fpn_channels, fpn_repeats, head_layers, image_size_px: explicit sizes that win over scaling.
@@ -79,6 +88,9 @@ class ModelConfig:
 
     phi: Phi = "0"
     pretrained: Literal["auto", "yes", "no"] = "auto"
+    init: str | None = None
+    freeze: tuple[Part, ...] = ()
+    variant: Variant = "tf"
     fusion: FusionKind | None = None
     topology: TopologyKind = "bifpn"
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
@@ -87,6 +99,7 @@ class ModelConfig:
     fpn_channels: int | None = None
     fpn_repeats: int | None = None
     head_layers: int | None = None
+    min_level: int | None = None
     max_level: int | None = None
     anchor_scale: float | None = None
     anchor_octaves: int = 3
@@ -112,6 +125,9 @@ class NetworkSpec:
     anchor_octaves: int
     drop_path: float
     aspect_ratios: tuple[tuple[float, float], ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
+    padding: Padding = "same"
+    redundant_bias: bool = True
+    backbone_bn_eps: float = 1e-3
 
     @property
     def num_levels(self) -> int:
@@ -158,24 +174,28 @@ def resolve(config: ModelConfig, num_classes: int) -> NetworkSpec:
             str(scale.backbone),
             "EfficientNet has b0 to b7",
         )
-    max_level = _given(config.max_level, row.max_level)
+    pytorch_small = config.variant == "pytorch" and exponent <= 3
+    prefix = "tf_" if config.variant == "tf" else ""
     # google/automl efficientnet_builder: survival 0.8 for b1 and up, none dropped for b0.
     drop_path = 0.0 if backbone_index == 0 else 0.2
     spec = NetworkSpec(
         phi=config.phi,
         num_classes=num_classes,
-        backbone=config.backbone or f"tf_efficientnet_b{backbone_index}",
+        backbone=config.backbone or f"{prefix}efficientnet_b{backbone_index}",
         image_size_px=_given(config.image_size_px, size),
         fpn_channels=_given(config.fpn_channels, width),
         fpn_repeats=_given(config.fpn_repeats, row.depth + scale.depth),
         head_layers=_given(config.head_layers, row.head + scale.head),
         fusion=config.fusion or row.fusion,
         topology=config.topology,
-        min_level=3,
-        max_level=max_level,
+        min_level=_given(config.min_level, 3),
+        max_level=_given(config.max_level, row.max_level),
         anchor_scale=_given(config.anchor_scale, row.anchor_scale),
         anchor_octaves=config.anchor_octaves,
         drop_path=_given(config.drop_path, drop_path),
+        padding="symmetric" if pytorch_small else "same",
+        redundant_bias=not pytorch_small,
+        backbone_bn_eps=1e-3 if config.variant == "tf" else 1e-5,
     )
     _check(spec)
     return spec
@@ -191,6 +211,7 @@ def _check(spec: NetworkSpec) -> None:
         ("model.fpn_channels", spec.fpn_channels, 8, 2048),
         ("model.fpn_repeats", spec.fpn_repeats, 1, 32),
         ("model.head_layers", spec.head_layers, 1, 32),
+        ("model.min_level", spec.min_level, 2, 3),
         ("model.max_level", spec.max_level, 6, 8),
         ("model.anchor_octaves", spec.anchor_octaves, 1, 8),
     ):
@@ -206,6 +227,13 @@ def _check(spec: NetworkSpec) -> None:
             f"a multiple of {multiple} (2^max_level)",
             str(spec.image_size_px),
             f"the nearest that do are {below} and {below + multiple}",
+        )
+    if spec.topology == "nas_fpn" and spec.num_levels != 5:
+        raise ConfigError(
+            "model.topology",
+            "five levels for nas_fpn, which was found on P3-P7",
+            f"P{spec.min_level}-P{spec.max_level}",
+            "choose another topology, or levels that are five",
         )
     if not 0.0 <= spec.drop_path < 1.0:
         raise ConfigError("model.drop_path", "0 <= rate < 1", str(spec.drop_path))

@@ -46,21 +46,100 @@ def bifpn(min_level: int, max_level: int) -> Topology:
 
     The finest and the coarsest level have one node each: 2(L-1) nodes in all.
     """
-    num_levels = max_level - min_level + 1
-    nodes: list[Node] = []
-    newest = {level: level - min_level for level in range(min_level, max_level + 1)}
-
-    def add(level: int, *inputs: int) -> None:
-        nodes.append(Node(level, inputs))
-        newest[level] = num_levels + len(nodes) - 1
-
-    for level in range(max_level - 1, min_level - 1, -1):
-        add(level, newest[level], newest[level + 1])
+    cell = _Builder(min_level, max_level)
+    cell.top_down(first=max_level - 1)
     for level in range(min_level + 1, max_level):
-        add(level, level - min_level, newest[level], newest[level - 1])
-    add(max_level, max_level - min_level, newest[max_level - 1])
-    outputs = tuple(newest[level] for level in range(min_level, max_level + 1))
-    return Topology(min_level, max_level, tuple(nodes), outputs)
+        cell.add(level, level - min_level, cell.newest[level], cell.newest[level - 1])
+    cell.add(max_level, max_level - min_level, cell.newest[max_level - 1])
+    return cell.done()
 
 
-TOPOLOGIES: dict[str, Callable[[int, int], Topology]] = {"bifpn": bifpn}
+def fpn(min_level: int, max_level: int) -> Topology:
+    """One top-down pass (arXiv 1612.03144; paper Figure 2a)."""
+    cell = _Builder(min_level, max_level)
+    cell.top_down(first=max_level)
+    return cell.done()
+
+
+def panet(min_level: int, max_level: int) -> Topology:
+    """Top-down, then bottom-up, a node at every level of both (arXiv 1803.01534; Figure 2b)."""
+    cell = _Builder(min_level, max_level)
+    cell.top_down(first=max_level)
+    cell.bottom_up(first=min_level)
+    return cell.done()
+
+
+def simplified_panet(min_level: int, max_level: int) -> Topology:
+    """PANet without its two nodes of a single input (paper §3.2)."""
+    cell = _Builder(min_level, max_level)
+    cell.top_down(first=max_level - 1)
+    cell.bottom_up(first=min_level + 1)
+    return cell.done()
+
+
+def fully_connected(min_level: int, max_level: int) -> Topology:
+    """PANet whose bottom-up nodes also see every input of the cell (arXiv 1911.09070v1, Figure 2d)."""
+    cell = _Builder(min_level, max_level)
+    cell.top_down(first=max_level)
+    for level in range(min_level, max_level + 1):
+        below = [] if level == min_level else [cell.newest[level - 1]]
+        cell.add(level, *range(cell.num_levels), cell.newest[level], *below)
+    return cell.done()
+
+
+def nas_fpn(min_level: int, max_level: int) -> Topology:
+    """The seven merging cells found on P3-P7 (arXiv 1904.07392, Figure 6), at any five levels.
+
+    Inputs that no cell uses join the output of their level, as in the released implementation.
+    """
+    if max_level - min_level != 4:
+        raise ValueError("nas_fpn is defined over five levels")
+    finest = min_level
+    nodes = (
+        Node(finest + 1, (1, 3)),
+        Node(finest + 1, (1, 5)),
+        Node(finest, (0, 6)),
+        Node(finest + 1, (6, 7)),
+        Node(finest + 2, (7, 8, 2)),
+        Node(finest + 4, (6, 9, 4)),
+        Node(finest + 3, (9, 10)),
+    )
+    return Topology(min_level, max_level, nodes, outputs=(7, 8, 9, 11, 10))
+
+
+class _Builder:
+    """Collects the nodes of a cell; `newest` is the latest feature of each level."""
+
+    def __init__(self, min_level: int, max_level: int) -> None:
+        self.min_level, self.max_level = min_level, max_level
+        self.num_levels = max_level - min_level + 1
+        self.nodes: list[Node] = []
+        self.newest = {level: level - min_level for level in range(min_level, max_level + 1)}
+
+    def add(self, level: int, *inputs: int) -> None:
+        self.nodes.append(Node(level, inputs))
+        self.newest[level] = self.num_levels + len(self.nodes) - 1
+
+    def top_down(self, *, first: int) -> None:
+        for level in range(first, self.min_level - 1, -1):
+            above = [] if level == self.max_level else [self.newest[level + 1]]
+            self.add(level, self.newest[level], *above)
+
+    def bottom_up(self, *, first: int) -> None:
+        for level in range(first, self.max_level + 1):
+            below = [] if level == self.min_level else [self.newest[level - 1]]
+            self.add(level, self.newest[level], *below)
+
+    def done(self) -> Topology:
+        outputs = tuple(self.newest[level] for level in range(self.min_level, self.max_level + 1))
+        return Topology(self.min_level, self.max_level, tuple(self.nodes), outputs)
+
+
+TOPOLOGIES: dict[str, Callable[[int, int], Topology]] = {
+    "bifpn": bifpn,
+    "fpn": fpn,
+    "panet": panet,
+    "simplified_panet": simplified_panet,
+    "nas_fpn": nas_fpn,
+    "fully_connected": fully_connected,
+}

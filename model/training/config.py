@@ -9,7 +9,7 @@ from model.data.transforms import AugmentConfig
 from model.detection.loss import LossConfig
 from model.detection.postprocess import PostprocessConfig
 from model.errors import ConfigError
-from model.network.scaling import NetworkSpec
+from model.network.scaling import NetworkSpec, Part
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class TrainConfig:
     want 0.1: their weights move faster than slow statistics follow.
     max_images_at_once: the most a device holds; larger groups are shared by several workers.
     precision: "auto" is bf16 on a GPU, fp32 on a CPU.
+    compile: let torch.compile fuse the network's operations; needs a C++ compiler and minutes at the
+    start, and pays on long runs.
+    checkpoint_activations: compute each stage's activations again in the backward pass instead of
+    keeping them ("auto": where they would not fit; from phi 5 on where the memory is not known).
     """
 
     duration: Duration = field(default_factory=lambda: Duration(epochs=300))
@@ -73,6 +77,8 @@ class TrainConfig:
     bn_momentum: float = 0.01
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
+    compile: bool = False
+    checkpoint_activations: Literal["auto", "yes", "no"] = "auto"
     log_every_steps: int = 10
     evaluate_every: Duration = field(default_factory=lambda: Duration(epochs=1))
     checkpoint_every: Duration = field(default_factory=lambda: Duration(epochs=1))
@@ -92,3 +98,5 @@ class Recipe:
     evaluation_batch: int
     loader_workers: int
     bn_group: int
+    freeze: tuple[Part, ...] = ()
+    checkpoint_activations: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,10 +88,12 @@ def fit(
     val: DetectionDataset,
     runtime: Runtime,
     config: Mapping[str, Any],
+    initial: Callable[[Detector], object] | None = None,
 ) -> FitResult:
     """Train from the newest checkpoint, or from the start, to the end of the schedule.
 
     config: the resolved configuration, stored with each checkpoint.
+    initial: fills the weights of a new run; every rank calls it, none that has a checkpoint.
 
     Raises:
         DivergedError: on all ranks, before the update that would have spoilt the weights.
@@ -106,7 +109,10 @@ def fit(
             recipe.network,
             pretrained=recipe.pretrained and folder is None,
             bn_momentum=recipe.train.bn_momentum,
+            recompute=recipe.checkpoint_activations,
         )
+        if initial is not None and folder is None:
+            initial(detector)
         trainee = Trainee(detector, recipe, plan, rank, device)
         meter = LogMeter(device, world_size)
         start, metrics = 0, dict[str, float]()
@@ -240,6 +246,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The device's peak on a GPU, the process's peak resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
+    try:
+        # Not getrusage: its maximum survives exec, so a child begins with its parent's.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,8 +13,9 @@ from model.training.config import OptimConfig
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.SGD:
     """SGD; weight decay on convolution kernels only (no bias, batch norm or fusion weight)."""
-    kernels = [p for p in module.parameters() if p.ndim == 4]
-    others = [p for p in module.parameters() if p.ndim != 4]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    kernels = [p for p in trained if p.ndim == 4]
+    others = [p for p in trained if p.ndim != 4]
     return torch.optim.SGD(
         [
             {"params": kernels, "weight_decay": config.weight_decay},

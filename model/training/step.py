@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +74,17 @@ class Trainee:
         self.layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
         detector = detector.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
         average = copy.deepcopy(detector)  # before its batch norms hold process groups
-        self.detector = synchronise(detector, plan, rank, device).train()
+        freeze(detector, recipe.freeze)
+        self.detector = synchronise(detector, plan, rank, device)
+        if recipe.train.compile:
+            self.detector.compile()
         self.anchors = make_anchors(recipe.network).to(device)
         self.shards = plan.shards(rank)
         self.optimizer = build_optimizer(self.detector, recipe.optim)
         self.ema = Ema(average, self.detector, recipe.optim.ema_decay)
-        self.statistics = RunningStatistics(self.detector, plan)
+        self.statistics = RunningStatistics(
+            self.detector, plan, recomputed=recipe.checkpoint_activations
+        )
         self.forward: nn.Module = self.detector
         if plan.world_size > 1:
             off: dict[str, Any] = {_BUFFER_SYNC: False}
@@ -90,8 +95,16 @@ class Trainee:
                 **off,
             )
 
-    def step(self, step: int, schedule: Schedule, batches: Sequence[Batch]) -> Tensor:
+    def step(
+        self,
+        step: int,
+        schedule: Schedule,
+        batches: Sequence[Batch],
+        mark: Callable[[str], None] = lambda name: None,
+    ) -> Tensor:
         """One update from this worker's shards of global step `step` (from 0).
+
+        mark: called with the name of each part when it is done, for a stopwatch.
 
         Returns the step's log row, float32 on the device: this worker's part of the loss, class
         loss and box loss, then the global positives and gradient norm divided by the world size,
@@ -106,6 +119,7 @@ class Trainee:
         if self.plan.world_size > 1:
             dist.all_reduce(positives)
         normaliser = positives + 1.0
+        mark("match")
 
         self.optimizer.zero_grad(set_to_none=True)
         self.statistics.begin_step()
@@ -119,11 +133,15 @@ class Trainee:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                     images = batch.images.contiguous(memory_format=self.layout)
                     class_logits, box_codes = self.forward(images)
+                mark("forward")
+                self.statistics.end_forward()
                 losses = detection_loss(
                     class_logits, box_codes, target, normaliser, self.recipe.loss
                 )
+                mark("loss")
                 # DDP averages over workers, the loss is a sum over them.
                 (losses.total * self.plan.world_size).backward()
+                mark("backward")
             self.statistics.end_shard()
             parts += torch.stack([losses.total, losses.classes, losses.boxes]).detach()
         self.statistics.end_step()
@@ -132,8 +150,11 @@ class Trainee:
         # Gradients are already reduced: every rank sees the same norm and decides alike.
         if not math.isfinite(float(norm)):
             raise DivergedError(step, float(parts[0]), float(norm), lr)
+        mark("clip")
         self.optimizer.step()
+        mark("optimizer")
         self.ema.update(step)
+        mark("ema")
         shared = torch.stack([positives, norm.detach()]) / self.plan.world_size
         return torch.cat([parts, shared])
 
@@ -156,6 +177,13 @@ class Trainee:
                 yield
         else:
             yield
+
+
+def freeze(detector: nn.Module, parts: Sequence[str]) -> None:
+    """Put all of `detector` into training mode but for `parts`: no gradient, fixed statistics."""
+    detector.train()
+    for name in parts:
+        detector.get_submodule(name).eval().requires_grad_(False)
 
 
 def use_bf16(recipe: Recipe, device: torch.device) -> bool:

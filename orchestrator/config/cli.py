@@ -27,9 +27,14 @@ class Flag:
     """Key that the value is put under: epochs or steps of a duration."""
     text: bool = False
     """Taken as it is, where YAML would make a number or a date of it."""
+    several: bool = False
+    """A list, separated by commas."""
 
-    def value(self, given: Any) -> Any:
-        return given if self.unit is None else {self.unit: given}
+    def value(self, given: str) -> Any:
+        if self.several:
+            return [part.strip() for part in given.split(",")]
+        value = given if self.text else _scalar(given)
+        return value if self.unit is None else {self.unit: value}
 
 
 TRAIN_FLAGS = (
@@ -41,6 +46,20 @@ TRAIN_FLAGS = (
     Flag("--lr", "optim.lr_per_64", "peak learning rate for 64 images", "X"),
     Flag("--image-size", "model.image_size_px", "side of the network's input", "PX"),
     Flag("--fusion", "model.fusion", "fast, softmax, unbounded or sum", "KIND"),
+    Flag(
+        "--init",
+        "model.init",
+        "weights to start from: a checkpoint or weight file, or a name effdet published",
+        "WEIGHTS",
+        text=True,
+    ),
+    Flag(
+        "--freeze",
+        "model.freeze",
+        "parts that stay as they are: backbone, pyramid, class_head, box_head",
+        "A,B",
+        several=True,
+    ),
     Flag("--pretrained", "model.pretrained", "ImageNet backbone: auto, yes or no", "WHEN"),
     Flag("--seed", "train.seed", "seed of weights, order and augmentation", "N"),
     Flag("--workers", "launch.workers", "training processes over the cluster", "N"),
@@ -54,6 +73,12 @@ TRAIN_FLAGS = (
         "folder for everything that stays on this machine",
         "FOLDER",
         text=True,
+    ),
+    Flag(
+        "--checkpoint-activations",
+        "train.checkpoint_activations",
+        "auto, yes or no: compute activations again instead of keeping them",
+        "WHEN",
     ),
     Flag("--tracking-uri", "tracking.uri", "MLflow server or database", "URI", text=True),
     Flag("--experiment", "tracking.experiment", "MLflow experiment", "NAME", text=True),
@@ -71,6 +96,20 @@ class Options:
     dry_run: bool
     json: bool
     resume: str
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """rounds: repetitions of which the median is taken. model_scale: workers to predict for.
+
+    latency_us, gb_per_s: of an all-reduce between two workers there; None: as measured here.
+    """
+
+    rounds: int
+    json: bool
+    model_scale: int | None = None
+    latency_us: float | None = None
+    gb_per_s: float | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,7 +133,7 @@ class _Override(argparse.Action):
         overrides = [*(getattr(namespace, "overrides", None) or [])]
         flag: Flag | None = self.const
         if flag is not None:
-            overrides.append((flag.path, flag.value(values if flag.text else _scalar(values))))
+            overrides.append((flag.path, flag.value(str(values))))
         else:
             path, sign, text = str(values).partition("=")
             if not sign:
@@ -112,8 +151,14 @@ def _scalar(text: str) -> Any:
         return text
 
 
-def train_parser(program: str, description: str) -> Parser:
-    parser = Parser(prog=program, description=description, allow_abbrev=False)
+def _job_parser(program: str, description: str) -> Parser:
+    """All that says what is trained."""
+    parser = Parser(
+        prog=program,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", metavar="YAML", help="a training YAML, as in jobs/configs/")
     for flag in TRAIN_FLAGS:
         parser.add_argument(
@@ -124,6 +169,29 @@ def train_parser(program: str, description: str) -> Parser:
         "--set", action=_Override, const=None, metavar="PATH=VALUE", dest="overrides",
         help="any other setting by its path",
     )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
+    return parser
+
+
+def benchmark_parser(program: str, description: str) -> Parser:
+    parser = _job_parser(program, description)
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="medians of N (10)")
+    parser.add_argument(
+        "--model-scale", type=int, metavar="N", help="predict the speed of N workers"
+    )
+    parser.add_argument(
+        "--link-latency-us", type=float, metavar="X",
+        help="of a small all-reduce between two workers there (measured here)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--link-gb-per-s", type=float, metavar="X",
+        help="of a large all-reduce between two workers there (measured here)",
+    )  # fmt: skip
+    return parser
+
+
+def train_parser(program: str, description: str) -> Parser:
+    parser = _job_parser(program, description)
     parser.add_argument(
         "--resume", nargs="?", const="must", default="auto", metavar="RUN_ID",
         help="continue this unfinished run, or the newest of this configuration, or fail "
@@ -131,12 +199,38 @@ def train_parser(program: str, description: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start a new run in any case")
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
-    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
     return parser
 
 
 def parse_train(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, Options]:
     """The configuration asked for and what to do with it.
+
+    Raises:
+        ConfigError: anything that is not understood.
+    """
+    job, arguments = parse_job(parser, argv)
+    resume = "never" if arguments.fresh else str(arguments.resume)
+    return job, Options(dry_run=arguments.dry_run, json=arguments.json, resume=resume)
+
+
+def parse_benchmark(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, BenchmarkOptions]:
+    """The configuration to measure and how.
+
+    Raises:
+        ConfigError: anything that is not understood.
+    """
+    job, arguments = parse_job(parser, argv)
+    return job, BenchmarkOptions(
+        rounds=arguments.rounds,
+        json=arguments.json,
+        model_scale=arguments.model_scale,
+        latency_us=arguments.link_latency_us,
+        gb_per_s=arguments.link_gb_per_s,
+    )
+
+
+def parse_job(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, argparse.Namespace]:
+    """The configuration asked for and the rest of the command line.
 
     Raises:
         ConfigError: anything that is not understood.
@@ -149,6 +243,4 @@ def parse_train(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, Options]
         if not path:
             raise ConfigError("--set", "PATH=VALUE", "an empty path")
         mapping = codec.merge(mapping, codec.nest(path, value))
-    job = codec.decode(TrainJob, mapping)
-    resume = "never" if arguments.fresh else str(arguments.resume)
-    return job, Options(dry_run=arguments.dry_run, json=arguments.json, resume=resume)
+    return codec.decode(TrainJob, mapping), arguments

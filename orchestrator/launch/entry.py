@@ -7,10 +7,17 @@ import sys
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from orchestrator.config.cli import Options
 from orchestrator.errors import UserError
 
 Config = TypeVar("Config")
+
+
+class WithJson(Protocol):
+    @property
+    def json(self) -> bool: ...
+
+
+Options = TypeVar("Options", bound=WithJson)
 
 USER_ERROR = 2
 

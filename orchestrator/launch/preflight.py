@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from model.data.folder import FolderReader, missing_images
-from model.data.index import CocoIndex
+from model.data.index import ClassMap, CocoIndex
 from model.data.lint import check_images
 from model.detection.anchors import make_anchors
-from model.network.footprint import GIB, activation_bytes
+from model.network.detector import Detector
+from model.network.footprint import GIB, activations
 from model.network.scaling import ModelConfig, resolve
+from model.training.initial import load_initial
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.launch.resolve import Derived, ResolvedJob, Split
+from orchestrator.storage.weights import open_initial
 
 BASE_BYTES = 1.2 * GIB  # an idle worker: Python, torch, its libraries
 COPIES_OF_WEIGHTS = 4  # weights, gradients, momentum, average
@@ -41,12 +44,15 @@ def describe_model(resolved: ResolvedJob, derived: Derived) -> list[tuple[str, s
     published = resolve(table, spec.num_classes) == spec
     name = f"EfficientDet-D{spec.phi}" if published else f"custom, from EfficientDet-D{spec.phi}"
     weights = "ImageNet" if resolved.recipe.pretrained else "random weights"
+    if job.model.init:
+        weights = "initial weights below"
+    frozen = f", frozen: {', '.join(job.model.freeze)}" if job.model.freeze else ""
     lr = job.optim.lr_per_64 * job.train.batch_size / 64
     return [
         ("network", f"{name}: {spec.backbone} ({weights}), {spec.image_size_px} px, "
          f"{spec.fpn_channels} channels, {spec.fpn_repeats} repeats of {spec.topology}, "
          f"{spec.head_layers} head layers, fusion {spec.fusion}, levels P{spec.min_level}-P{spec.max_level}, "
-         f"anchor scale {spec.anchor_scale:g}"),
+         f"anchor scale {spec.anchor_scale:g}{frozen}"),
         ("cost", f"{cost.params:,} parameters, {cost.gmacs:.3f} GMACs an image"),
         ("schedule", f"{schedule.total} steps of {job.train.batch_size} images "
          f"({schedule.total / schedule.steps_per_epoch:.1f} epochs of {schedule.steps_per_epoch} steps), "
@@ -107,23 +113,35 @@ def choose_hardware(job: TrainJob, *, cpus: float, gpus: float, local: bool) -> 
 
 def check_memory(
     resolved: ResolvedJob, derived: Derived, hardware: Hardware, workers_on_node: int
-) -> tuple[str, str]:
+) -> tuple[ResolvedJob, str]:
     """Saved activations of the images held at once, and four copies of the weights.
+
+    Decides whether activations are kept, and says so.
 
     Raises:
         ConfigError: more than the device has, with the number of images that would fit.
     """
     precision = resolved.job.train.precision
     half = precision == "bf16" or (precision == "auto" and hardware.device_kind == "GPU")
-    per_image = activation_bytes(resolved.recipe.network, half_precision=half)
+    traced = activations(resolved.recipe.network, half_precision=half)
     fixed = derived.cost.params * 4 * COPIES_OF_WEIGHTS + BASE_BYTES
     images = derived.plan.images_at_once()
-    needed = fixed + per_image * images
-    text = f"about {needed / GIB:.1f} GiB a worker ({per_image / GIB:.2f} GiB an image, {images} at once)"
-    if hardware.memory_bytes is None:
-        return "memory", text
     sharing = workers_on_node if hardware.device_kind == "CPU" else 1
-    available = hardware.memory_bytes / sharing
+    available = None if hardware.memory_bytes is None else hardware.memory_bytes / sharing
+    asked = resolved.job.train.checkpoint_activations
+    recompute = asked == "yes"
+    if asked == "auto":
+        if available is None:
+            recompute = resolved.job.model.phi >= "5"
+        else:
+            recompute = fixed + traced.total(recompute=False) * images > available
+    per_image = traced.total(recompute=recompute)
+    resolved = replace(resolved, recipe=replace(resolved.recipe, checkpoint_activations=recompute))
+    needed = fixed + per_image * images
+    text = f"about {needed / GIB:.1f} GiB a worker ({per_image / GIB:.2f} GiB an image, {images} at once"
+    text += ", activations computed again)" if recompute else ")"
+    if available is None:
+        return resolved, text
     if needed > available:
         fitting = max(0, int((available - fixed) // per_image))
         remedy = (
@@ -134,7 +152,7 @@ def check_memory(
         raise ConfigError(
             "train.bn_group", f"a worker to need at most {available / GIB:.1f} GiB", text, remedy
         )
-    return "memory", f"{text}, {available / GIB:.1f} GiB there ({hardware.device_kind})"
+    return resolved, f"{text}, {available / GIB:.1f} GiB there ({hardware.device_kind})"
 
 
 def anchor_recall(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) -> float:
@@ -153,6 +171,19 @@ def anchor_recall(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) ->
     anchors = make_anchors(spec)
     covered = [(pairwise_iou(part, anchors).amax(dim=1) >= 0.5) for part in boxes.split(64)]
     return float(torch.cat(covered).float().mean()) if covered else 0.0
+
+
+def check_initial(resolved: ResolvedJob, classes: ClassMap) -> str:
+    """Load the weights to start from as a worker will; what was kept of them and what was not.
+
+    Raises:
+        UserError: they cannot be had, or belong to another network.
+    """
+    source = resolved.job.model.init
+    assert source is not None
+    detector = Detector(resolved.recipe.network)
+    with open_initial(source) as path:
+        return f"{source}: {', '.join(load_initial(detector, path, classes))}"
 
 
 def fetch_backbone(resolved: ResolvedJob) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from model.data.folder import FolderReader, SplitPaths, find_images, find_split
 from model.data.index import CocoIndex, parse_coco
 from model.data.sampler import BatchPlan, default_group_size, plan_batch
 from model.data.shapes import ensure_shapes
+from model.network.effdet_format import PUBLISHED
 from model.network.footprint import NetworkCost, network_cost
 from model.network.scaling import resolve
 from model.training.config import Recipe
@@ -119,6 +120,7 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
         UserError: anything that could not work.
     """
     _check_numbers(job)
+    job = _as_published(job)
     output, notes = output_folder(job)
     train, val, more = _splits(job, output)
     notes += more
@@ -137,7 +139,9 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
 
     spec = resolve(job.model, train_index.classes.num_classes)
     demo = _is_demo(job)
-    pretrained = not demo if job.model.pretrained == "auto" else job.model.pretrained == "yes"
+    pretrained = job.model.pretrained == "yes"
+    if job.model.pretrained == "auto":
+        pretrained = not demo and job.model.init is None
     group = job.train.bn_group or default_group_size(job.train.batch_size, job.model.phi)
     recipe = Recipe(
         network=spec,
@@ -150,6 +154,7 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
         evaluation_batch=job.evaluation.batch_size,
         loader_workers=job.data.loader_workers or 0,
         bn_group=group,
+        freeze=job.model.freeze,
     )
     name = job.run.name or f"{Path(job.data.root).name}-d{job.model.phi}"
     resolved = ResolvedJob(job, recipe, train, val, output, name, tuple(notes))
@@ -185,6 +190,36 @@ def output_folder(job: TrainJob) -> tuple[Path, list[str]]:
         output = Path(os.environ.get("HOME", "/tmp")) / "efficientdet" / output
         return output, [f"submitted as a Ray job: output goes to {output}"]
     return output.absolute(), []
+
+
+def _as_published(job: TrainJob) -> TrainJob:
+    """A published name says which network it is; a local path stays the same place on a worker.
+
+    Raises:
+        ConfigError: it contradicts the rest of the configuration.
+    """
+    model = job.model
+    if model.init is None:
+        return job
+    if model.pretrained == "yes":
+        raise ConfigError(
+            "model.pretrained", "no beside model.init, which brings a backbone", "yes",
+            "give one of them",
+        )  # fmt: skip
+    published = PUBLISHED.get(model.init)
+    if published is None:
+        if "://" not in model.init and Path(model.init).expanduser().exists():
+            absolute = str(Path(model.init).expanduser().absolute())
+            return replace(job, model=replace(model, init=absolute))
+        return job
+    if published.phi != model.phi:
+        raise ConfigError(
+            "model.phi",
+            f"{published.phi}, as {model.init} has",
+            model.phi,
+            f"--phi {published.phi}",
+        )
+    return replace(job, model=replace(model, variant=published.variant))
 
 
 def _is_demo(job: TrainJob) -> bool:

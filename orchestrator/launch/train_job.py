@@ -83,11 +83,15 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: _Launcher) -> 
         )
         rows.append(("hardware", launcher.describe(hardware)))
         per_node = -(-job.launch.workers // launcher.nodes)
-        rows.append(preflight.check_memory(resolved, derived, hardware, per_node))
+        resolved, memory = preflight.check_memory(resolved, derived, hardware, per_node)
+        rows.append(("memory", memory))
         resolved = _with_loader_workers(resolved, hardware)
         continues = options.resume != "never" and tracker.find_unfinished(resolved.key())
         if resolved.recipe.pretrained and not continues:
             preflight.fetch_backbone(resolved)
+        if job.model.init and not continues:
+            initial = preflight.check_initial(resolved, train_index.classes)
+            rows.append(("initial weights", initial))
         rows += [("note", note) for note in resolved.notes]
         print_table(f"preflight of {resolved.name}", rows, out)
         if options.dry_run:

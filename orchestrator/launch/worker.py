@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from model.data.index import ClassMap
 from model.errors import DivergedError
+from model.network.detector import Detector
 from model.training.fit import FitResult, fit
+from model.training.initial import load_initial
 from model.training.runtime import Runtime
 from orchestrator.launch.resolve import ResolvedJob
 from orchestrator.records.spool import MetricSender, Spool
 from orchestrator.records.tracker import TrackedRun
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import open_place
+from orchestrator.storage.weights import open_initial
 
 
 class Board(Protocol):
@@ -57,6 +62,12 @@ class Recorder:
             self.board.say(f"the tracker did not take all metrics; the rest waits in {path}")
 
 
+def _initialise(source: str | None, classes: ClassMap, detector: Detector) -> None:
+    if source is not None:
+        with open_initial(source) as path:
+            load_initial(detector, path, classes)
+
+
 def train(assignment: Assignment, runtime: Runtime, board: Board) -> dict[str, Any]:
     """Run `fit` on this worker; the result as plain data.
 
@@ -66,7 +77,14 @@ def train(assignment: Assignment, runtime: Runtime, board: Board) -> dict[str, A
     resolved = assignment.resolved
     train_set, val_set = resolved.datasets()
     try:
-        result: FitResult = fit(resolved.recipe, train_set, val_set, runtime, resolved.config())
+        result: FitResult = fit(
+            resolved.recipe,
+            train_set,
+            val_set,
+            runtime,
+            resolved.config(),
+            partial(_initialise, resolved.job.model.init, train_set.index.classes),
+        )
     except DivergedError as error:
         return {"diverged": error}
     if result.started_at_step and runtime.rank == 0:

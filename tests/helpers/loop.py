@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from model.data.shapes import ShapesConfig, ensure_shapes
 from model.data.transforms import AugmentConfig
 from model.detection.loss import LossConfig
 from model.detection.postprocess import PostprocessConfig
+from model.network.detector import Detector
 from model.network.scaling import ModelConfig, resolve
 from model.training.config import Duration, OptimConfig, Recipe, TrainConfig
 from model.training.fit import FitResult, fit
@@ -100,6 +101,7 @@ def run(
     *,
     stop_after: int | None = None,
     lr_per_64: float | None = None,
+    initial: Callable[[Detector], object] | None = None,
     **train: Any,
 ) -> tuple[FitResult, CheckpointStore]:
     """fit() with checkpoints in `folder`; goes on from the newest one there."""
@@ -108,5 +110,6 @@ def run(
     if lr_per_64 is not None:
         asked = replace(asked, optim=replace(asked.optim, lr_per_64=lr_per_64))
     store = CheckpointStore(open_place(str(folder), "test"), CheckpointConfig(), say=print)
-    result = fit(asked, data, data, StoppingRuntime(store, record, stop_after), {"network": {}})
+    runtime = StoppingRuntime(store, record, stop_after)
+    result = fit(asked, data, data, runtime, {"network": {}}, initial)
     return result, store

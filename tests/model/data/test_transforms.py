@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_letterbox_by_hand(height: int, width: int, scale: float, size_hw: tuple
 
 def test_padding_is_the_mean_colour_and_content_top_left() -> None:
     image = Image.new("RGB", (64, 32), RED)
-    pixels = apply_to_image(image, letterbox_view(32, 64, 128), 128, 64)
+    pixels = apply_to_image(image, letterbox_view(32, 64, 128), 128)
     assert pixels.shape == (128, 128, 3)
     assert pixels.dtype == np.uint8
     assert (pixels[:64] == RED).all()
@@ -144,10 +145,12 @@ def test_boxes_by_hand() -> None:
     boxes = np.array([[10, 20, 30, 40], [0, 0, 4, 4], [80, 0, 100, 50]], dtype=np.float32)
     labels = np.array([4, 5, 6])
     view = View(scale=2.0, offset_xy=(30.0, 20.0), flip=True, size_hw=(60, 128))
-    moved, kept = apply_to_boxes(boxes, labels, view, source_width=100)
-    # flipped: x 70..90, 96..100, 0..20; doubled and moved: 110..150, 162..170, -30..10
-    assert moved.tolist() == [[110, 20, 128, 60], [0, 0, 10, 60]]
-    assert kept.tolist() == [4, 6]
+    moved, kept = apply_to_boxes(boxes, labels, view)
+    # doubled and moved: x -10..30, -30..-22, 130..170; mirrored in 128: 98..138, 150..158, -42..-2
+    assert moved.tolist() == [[98, 20, 128, 60]]
+    assert kept.tolist() == [4]
+    plain, kept = apply_to_boxes(boxes, labels, replace(view, flip=False))
+    assert plain.tolist() == [[0, 20, 30, 60]]
     assert boxes[0].tolist() == [10, 20, 30, 40], "the index's own boxes stay as they are"
 
 
@@ -176,8 +179,8 @@ def test_pixels_and_boxes_move_together() -> None:
             view = letterbox_view(image.height, image.width, 128)
         else:
             view = random_view(image.height, image.width, 128, AugmentConfig(), rng)
-        pixels = apply_to_image(image, view, 128, image.width)
-        moved, _ = apply_to_boxes(boxes, np.zeros(1, dtype=np.int64), view, image.width)
+        pixels = apply_to_image(image, view, 128)
+        moved, _ = apply_to_boxes(boxes, np.zeros(1, dtype=np.int64), view)
         seen = extent(pixels)
         if seen is None:
             assert len(moved) == 0 or (moved[0, 2:] - moved[0, :2]).min() < 2
@@ -189,6 +192,19 @@ def test_pixels_and_boxes_move_together() -> None:
             crops += view.offset_xy != (0.0, 0.0)
     assert compared > 180
     assert min(flips, crops) > 50
+
+
+@pytest.mark.parametrize("size_wh", [(640, 480), (333, 500)])
+def test_resizing_equals_pillow(size_wh: tuple[int, int]) -> None:
+    """Whole images, up and down: the same filter, to rounding."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (*reversed(size_wh), 3), dtype=np.uint8))
+    for size_px in (128, 512, 896):
+        view = letterbox_view(noise.height, noise.width, size_px)
+        height, width = view.size_hw
+        ours = apply_to_image(noise, view, size_px)[:height, :width].astype(int)
+        theirs = np.asarray(noise.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(ours - theirs).max() <= 2
 
 
 def test_random_views_stay_inside_and_use_their_range() -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from effdet import EfficientDet
-from effdet.config import get_efficientdet_config
 from torch import nn
 
 from model.errors import ConfigError
@@ -22,94 +20,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The hub client's own switch, and an empty cache; no connection is tried."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-
-
-def randomise(network: nn.Module, seed: int = 0) -> None:
-    """Statistics and affine parameters a trained network could have, so that nothing cancels."""
-    torch.manual_seed(seed)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 1.5)
-
-
-def peer_of(spec: NetworkSpec) -> EfficientDet:
-    config = get_efficientdet_config("tf_efficientdet_d0")
-    config.update(
-        backbone_name=spec.backbone,
-        backbone_args={},
-        image_size=(spec.image_size_px, spec.image_size_px),
-        num_classes=spec.num_classes,
-        fpn_channels=spec.fpn_channels,
-        fpn_cell_repeats=spec.fpn_repeats,
-        box_class_repeats=spec.head_layers,
-        fpn_name={"fast": "bifpn_fa", "softmax": "bifpn_attn", "sum": "bifpn_sum"}[spec.fusion],
-    )
-    peer = EfficientDet(config, pretrained_backbone=False).eval()
-    for module in peer.backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 1e-3  # theirs comes with the tf_ backbones' arguments
-    return peer
-
-
-@pytest.mark.parametrize("fusion", ["fast", "softmax", "sum"])
-def test_outputs_equal_effdet_with_the_same_weights(tiny: NetworkSpec, fusion: str) -> None:
-    """The whole network against the peer's: topology, order of operations, order of outputs."""
-    spec = replace(tiny, fusion=fusion)
-    ours, peer = Detector(spec).eval(), peer_of(spec)
-    randomise(ours)
-    if fusion != "sum":
-        for cell in ours.pyramid.cells:
-            for node in cell.nodes:
-                nn.init.uniform_(node.fuse.weights, 0.2, 2.0)
-    copy_to_peer(ours, peer)
-    torch.manual_seed(1)
-    images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
-    with torch.no_grad():
-        classes, boxes = ours(images)
-        peer_classes, peer_boxes = peer(ours.normalise(images))
-
-    def flat(levels: list[torch.Tensor], width: int) -> torch.Tensor:
-        return torch.cat([x.permute(0, 2, 3, 1).reshape(2, -1, width) for x in levels], dim=1)
-
-    torch.testing.assert_close(classes, flat(peer_classes, 3), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(boxes, flat(peer_boxes, 4), rtol=1e-3, atol=1e-4)
-    assert classes.std() > 0.1, "outputs that hardly vary would agree by accident"
-
-
-def copy_to_peer(ours: Detector, peer: EfficientDet) -> None:
-    """Both list a part's tensors in the same order, but for where fusion weights stand."""
-    peer.backbone.load_state_dict(ours.backbone.network.state_dict(), strict=False)
-    copy_tensors(ours.pyramid.extra, peer.fpn.resample["3"])
-    for cell, peer_cell in zip(ours.pyramid.cells, peer.fpn.cell, strict=True):
-        for node, peer_node in zip(cell.nodes, peer_cell.fnode, strict=True):
-            for lateral, resample in zip(
-                node.laterals.values(),
-                [r for r in peer_node.combine.resample.values() if list(r.parameters())],
-                strict=True,
-            ):
-                copy_tensors(lateral, resample)
-            if peer_node.combine.edge_weights is not None:
-                peer_node.combine.edge_weights.data.copy_(node.fuse.weights)
-            copy_tensors(nn.ModuleList([node.conv, node.norm]), peer_node.after_combine)
-    for head, peer_head in ((ours.class_head, peer.class_net), (ours.box_head, peer.box_net)):
-        copy_tensors(head.convs, peer_head.conv_rep)
-        copy_tensors(head.norms, peer_head.bn_rep)
-        copy_tensors(head.predict, peer_head.predict)
-
-
-def copy_tensors(source: nn.Module, target: nn.Module) -> None:
-    ours, theirs = (
-        [v for k, v in module.state_dict().items() if "num_batches" not in k]
-        for module in (source, target)
-    )
-    for tensor, other in zip(ours, theirs, strict=True):
-        assert tensor.shape == other.shape
-        other.copy_(tensor)
 
 
 def test_shapes_types_and_the_first_probability(tiny: NetworkSpec) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.network.layers import SeparableConv, max_pool_same, resize_to
+from model.errors import ConfigError
+from model.network.layers import SeparableConv, max_pool, max_pool_same, resize_to
 from model.network.pyramid import FusionNode, Lateral, Pyramid
+from model.network.scaling import ModelConfig, NetworkSpec, TopologyKind, resolve
 from model.network.topology import Node
 
 
@@ -51,18 +56,15 @@ def test_resize_to() -> None:
     assert resize_to(x, (1, 1)).item() == 4.0
 
 
-def small_pyramid(**changes: object) -> Pyramid:
+def small_spec(**changes: Any) -> NetworkSpec:
+    config = ModelConfig(fpn_channels=8, fpn_repeats=2, fusion="fast", image_size_px=256)
+    return resolve(replace(config, **changes), 3)
+
+
+def small_pyramid(**changes: Any) -> Pyramid:
     torch.manual_seed(0)
-    arguments: dict[str, object] = {
-        "topology": "bifpn",
-        "min_level": 3,
-        "max_level": 7,
-        "in_channels": (4, 6, 10),
-        "width": 8,
-        "repeats": 2,
-        "fusion": "fast",
-    }
-    return Pyramid(**(arguments | changes)).eval()  # type: ignore[arg-type]
+    spec = small_spec(**changes)
+    return Pyramid(spec, (4, 6, 10) if spec.min_level == 3 else (2, 4, 6, 10)).eval()
 
 
 def features_of(size_px: int, channels: tuple[int, ...] = (4, 6, 10)) -> list[Tensor]:
@@ -90,9 +92,41 @@ def test_every_edge_from_the_backbone_has_its_own_1x1() -> None:
     assert not [m for m in pyramid.cells[1].modules() if isinstance(m, Lateral)]
 
 
+@pytest.mark.parametrize("topology", get_args(TopologyKind))
+@pytest.mark.parametrize("levels", [(3, 7), (2, 7), (3, 8), (2, 6)])
+def test_every_topology_at_every_level_range(
+    topology: TopologyKind, levels: tuple[int, int]
+) -> None:
+    """Right shapes, and every input matters to some output, twice repeated."""
+    if topology == "nas_fpn" and levels[1] - levels[0] != 4:
+        with pytest.raises(ConfigError, match="five levels"):
+            small_pyramid(topology=topology, min_level=levels[0], max_level=levels[1])
+        return
+    pyramid = small_pyramid(topology=topology, min_level=levels[0], max_level=levels[1])
+    finest = levels[0]
+    channels = (4, 6, 10) if finest == 3 else (2, 4, 6, 10)
+    features = [
+        torch.randn(1, width, 256 >> level, 256 >> level, requires_grad=True)
+        for level, width in enumerate(channels, start=finest)
+    ]
+    outputs = pyramid(features)
+    sides = [(8, 256 >> level, 256 >> level) for level in range(finest, levels[1] + 1)]
+    assert [tuple(feature.shape[1:]) for feature in outputs] == sides
+    total = torch.stack([output.square().sum() for output in outputs]).sum()
+    for grad in torch.autograd.grad(total, features):
+        assert grad.abs().sum() > 0
+
+
+def test_symmetric_padding_pools_around_the_middle() -> None:
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert max_pool(x, 2, "symmetric").flatten().tolist() == [5, 7, 13, 15]
+    assert max_pool(x, 2, "same").flatten().tolist() == [10, 11, 14, 15]
+    assert torch.equal(max_pool(x, 4, "symmetric"), max_pool(x, 4, "same"))
+
+
 def test_a_node_is_fuse_swish_conv_norm() -> None:
     torch.manual_seed(0)
-    node = FusionNode(Node(4, (0, 1)), (8, 8), 8, "sum").eval()
+    node = FusionNode(Node(4, (0, 1)), (8, 8), small_spec(fusion="sum")).eval()
     same, coarse = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 2, 2)
     out = node([same, coarse], (4, 4))
     fused = same + coarse.repeat_interleave(2, -1).repeat_interleave(2, -2)
@@ -103,7 +137,7 @@ def test_a_node_is_fuse_swish_conv_norm() -> None:
 
 def test_information_crosses_all_levels_both_ways() -> None:
     """One cell carries P7's news to P3 and P3's to P7."""
-    pyramid = small_pyramid(repeats=1)
+    pyramid = small_pyramid(fpn_repeats=1)
     features = [feature.requires_grad_() for feature in features_of(128)]
     outputs = pyramid(features)
     for output in outputs:

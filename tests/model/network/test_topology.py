@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from model.network.topology import Node, bifpn
+from model.network.scaling import TopologyKind
+from model.network.topology import TOPOLOGIES, Node, bifpn, simplified_panet
 
 
 def test_bifpn_of_p3_to_p7_listed_by_hand() -> None:
@@ -39,3 +42,43 @@ def test_bifpn_is_a_graph_that_can_run(max_level: int) -> None:
     assert [levels[source] for source in graph.outputs] == list(range(3, max_level + 1))
     read = {source for node in graph.nodes for source in node.inputs} | set(graph.outputs)
     assert read == set(range(len(levels)))
+
+
+def test_the_configuration_names_every_topology() -> None:
+    assert set(TOPOLOGIES) == set(get_args(TopologyKind))
+
+
+@pytest.mark.parametrize("name", get_args(TopologyKind))
+def test_topologies_are_graphs_that_can_run(name: str) -> None:
+    """A node reads only what is known before it; outputs come level by level; nothing is in vain."""
+    graph = TOPOLOGIES[name](3, 7)
+    levels = graph.feature_levels()
+    for position, node in enumerate(graph.nodes):
+        assert max(node.inputs) < graph.num_levels + position
+        assert len(set(node.inputs)) == len(node.inputs)
+    assert [levels[source] for source in graph.outputs] == [3, 4, 5, 6, 7]
+    read = {source for node in graph.nodes for source in node.inputs} | set(graph.outputs)
+    assert read == set(range(len(levels)))
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "edges"),
+    [
+        ("fpn", 5, 9),
+        ("panet", 10, 18),
+        ("simplified_panet", 8, 16),
+        ("nas_fpn", 7, 16),
+        ("fully_connected", 10, 43),
+        ("bifpn", 8, 19),
+    ],
+)
+def test_sizes_over_five_levels(name: str, nodes: int, edges: int) -> None:
+    graph = TOPOLOGIES[name](3, 7)
+    assert (len(graph.nodes), graph.num_edges) == (nodes, edges)
+
+
+def test_bifpn_is_simplified_panet_with_an_edge_from_each_middle_input() -> None:
+    plain, more = simplified_panet(3, 7).nodes, bifpn(3, 7).nodes
+    assert [node.level for node in plain] == [node.level for node in more]
+    added = [set(b.inputs) - set(a.inputs) for a, b in zip(plain, more, strict=True)]
+    assert added == [set(), set(), set(), set(), {1}, {2}, {3}, set()]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers.loop import recipe
 from torch import nn
 
 from model.data.sampler import BatchPlan
+from model.network.detector import Detector
 from model.training.batch_norm import TeamBatchNorm2d, synchronise
+from model.training.benchmark import num_batch_norm_exchanges
+
+pytestmark = pytest.mark.integration
 
 
 def network() -> nn.Module:
@@ -44,6 +51,35 @@ def _worker(rank: int, folder: str) -> None:
     net.eval()
     torch.save(net(images()), f"{folder}/eval{rank}.pt")
     dist.destroy_process_group()
+
+
+def _count_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    plan = BatchPlan(batch_size=4, group_size=4, world_size=2, team=2)
+    torch.manual_seed(0)
+    detector = Detector(recipe().network)
+    expected = num_batch_norm_exchanges(detector)
+    shared = synchronise(detector, plan, rank, torch.device("cpu")).train()
+    calls = {"all_gather": 0, "all_reduce": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            original = getattr(dist, name)
+
+            def counted(*args: Any, _name: str = name, _call: Any = original, **kwargs: Any) -> Any:
+                calls[_name] += 1
+                return _call(*args, **kwargs)
+
+            patch.setattr(dist, name, counted)
+        out = shared(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+        (out[0].sum() + out[1].sum()).backward()
+    assert calls == {"all_gather": expected, "all_reduce": expected}
+    dist.destroy_process_group()
+
+
+def test_levels_of_a_head_exchange_together(tmp_path: Path) -> None:
+    """As many collectives, forward and backward, as the benchmark's model of them says."""
+    mp.spawn(_count_worker, args=(str(tmp_path),), nprocs=2)
 
 
 def test_two_workers_equal_one(tmp_path: Path) -> None:

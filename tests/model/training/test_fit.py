@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from model.data.dataset import DetectionDataset, collate
 from model.data.sampler import plan_batch
 from model.errors import DivergedError
 from model.network.detector import Detector
+from model.network.scaling import Part
 from model.training.config import Duration
 from model.training.step import Schedule, Trainee
 from orchestrator.storage.checkpoints import CheckpointStore
@@ -112,6 +115,56 @@ def test_a_batch_without_boxes_touches_every_parameter(data: DetectionDataset) -
     assert torch.isfinite(row).all()
     assert all(p.grad is not None for p in trainee.detector.parameters())
     assert row[3] == 0
+
+
+@pytest.mark.parametrize("parts", [("backbone",), ("pyramid", "box_head")])
+def test_frozen_parts_do_not_change(data: DetectionDataset, parts: tuple[Part, ...]) -> None:
+    """Weights and running statistics bit for bit; the rest learns."""
+    torch.manual_seed(0)
+    asked = replace(recipe(batch_size=8, bn_group=4), freeze=parts)
+    trainee = Trainee(Detector(asked.network), asked, plan_batch(8, 4, 1), 0, torch.device("cpu"))
+    before = {key: value.clone() for key, value in trainee.detector.state_dict().items()}
+    samples = collate([data[(0, image)] for image in range(8)])
+    for step in range(2):
+        trainee.step(step, Schedule.of(asked, 24), [samples[:4], samples[4:]])
+    changed = {
+        key
+        for key, value in trainee.detector.state_dict().items()
+        if not key.endswith("num_batches_tracked") and not torch.equal(value, before[key])
+    }
+    average = trainee.ema.module.state_dict()
+    for part in get_args(Part):
+        touched = {key for key in changed if key.startswith(part)}
+        assert bool(touched) == (part not in parts), part
+    frozen = [key for key in before if key.startswith(parts) and "num_batches" not in key]
+    assert all(torch.equal(average[key], before[key]) for key in frozen)
+
+
+def test_recomputed_activations_give_the_same_run(data: DetectionDataset, tmp_path: Path) -> None:
+    """Losses, weights and running statistics bit for bit: layers that run twice count once."""
+    samples = collate([data[(0, image)] for image in range(8)])
+
+    def trained(recompute: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        asked = replace(recipe(batch_size=8, bn_group=4), checkpoint_activations=recompute)
+        detector = Detector(asked.network, recompute=recompute)
+        trainee = Trainee(detector, asked, plan_batch(8, 4, 1), 0, torch.device("cpu"))
+        schedule = Schedule.of(asked, 24)
+        rows = [trainee.step(n, schedule, [samples[:4], samples[4:]]) for n in range(3)]
+        return [float(row[0]) for row in rows], trainee.detector.state_dict()
+
+    kept, again = trained(False), trained(True)
+    assert kept[0] == again[0]
+    for key, value in kept[1].items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, again[1][key]), key
+
+
+def test_initial_weights_are_for_a_new_run_only(data: DetectionDataset, tmp_path: Path) -> None:
+    called = []
+    run(data, tmp_path, Record(), stop_after=5, initial=called.append)
+    run(data, tmp_path, Record(), initial=called.append)
+    assert len(called) == 1
 
 
 def test_the_order_of_groups_does_not_leak_into_statistics(data: DetectionDataset) -> None:

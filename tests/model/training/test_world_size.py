@@ -67,6 +67,7 @@ def _train(rank: int, world_size: int, group: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("group", "what"), [(8, "synchronised over 2 workers"), (4, "one group on each worker")]
 )

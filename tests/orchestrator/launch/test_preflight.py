@@ -10,7 +10,8 @@ import pytest
 
 from model.data.index import parse_coco
 from model.detection.anchors import make_anchors
-from model.network.footprint import GIB, activation_bytes
+from model.network.footprint import GIB, activations
+from model.network.scaling import Phi
 from orchestrator.config.schema import DataConfig, LaunchConfig, TrainJob
 from orchestrator.errors import ClusterError, ConfigError, DataError
 from orchestrator.launch.preflight import (
@@ -31,8 +32,14 @@ Ready = tuple[ResolvedJob, Derived]
 
 
 @pytest.fixture
-def ready(job: TrainJob) -> Ready:
-    resolved, train, val = resolve_job(job)
+def keeping(job: TrainJob) -> TrainJob:
+    """The job with its activations kept, so that memory alone decides."""
+    return replace(job, train=replace(job.train, checkpoint_activations="no"))
+
+
+@pytest.fixture
+def ready(keeping: TrainJob) -> Ready:
+    resolved, train, val = resolve_job(keeping)
     return resolved, derive(resolved, len(train), len(val))
 
 
@@ -40,7 +47,7 @@ def bytes_for(ready: Ready, images: float) -> int:
     """Memory in which that many images fit at once."""
     resolved, derived = ready
     fixed = derived.cost.params * 4 * COPIES_OF_WEIGHTS + BASE_BYTES
-    return int(fixed + images * activation_bytes(resolved.recipe.network))
+    return int(fixed + images * activations(resolved.recipe.network).total(recompute=False))
 
 
 def cpu(memory_bytes: int | None) -> Hardware:
@@ -48,8 +55,8 @@ def cpu(memory_bytes: int | None) -> Hardware:
 
 
 def test_enough_memory_is_described(ready: Ready) -> None:
-    name, text = check_memory(*ready, cpu(bytes_for(ready, 4.1)), 1)
-    assert name == "memory"
+    resolved, text = check_memory(*ready, cpu(bytes_for(ready, 4.1)), 1)
+    assert not resolved.recipe.checkpoint_activations
     assert "4 at once" in text
     assert f"{bytes_for(ready, 4.1) / GIB:.1f} GiB there (CPU)" in text
 
@@ -61,11 +68,11 @@ def test_too_little_memory_names_the_number_that_fits(ready: Ready) -> None:
     assert caught.value.remedy.startswith("3 image(s) fit: set train.bn_group 3 or lower")
 
 
-def test_the_number_that_fits_does_fit(job: TrainJob, ready: Ready) -> None:
+def test_the_number_that_fits_does_fit(keeping: TrainJob, ready: Ready) -> None:
     memory = cpu(bytes_for(ready, 2.5))
     with pytest.raises(ConfigError, match=r"2 image\(s\) fit"):
         check_memory(*ready, memory, 1)
-    resolved, train, val = resolve_job(replace(job, train=replace(job.train, bn_group=2)))
+    resolved, train, val = resolve_job(replace(keeping, train=replace(keeping.train, bn_group=2)))
     check_memory(resolved, derive(resolved, len(train), len(val)), memory, 1)
 
 
@@ -79,6 +86,28 @@ def test_workers_of_one_node_share_its_memory_but_not_their_gpus(ready: Ready) -
     with pytest.raises(ConfigError):
         check_memory(*ready, cpu(memory), 2)
     check_memory(*ready, replace(cpu(memory), device_kind="GPU"), 2)
+
+
+def test_activations_are_computed_again_where_they_would_not_fit(job: TrainJob) -> None:
+    resolved, train, val = resolve_job(job)
+    ready = resolved, derive(resolved, len(train), len(val))
+    roomy, text = check_memory(*ready, cpu(bytes_for(ready, 4.1)), 1)
+    assert not roomy.recipe.checkpoint_activations
+    assert "again" not in text
+    tight, text = check_memory(*ready, cpu(bytes_for(ready, 3.5)), 1)
+    assert tight.recipe.checkpoint_activations
+    assert "activations computed again" in text
+
+
+@pytest.mark.parametrize(("phi", "recompute"), [("4", False), ("5", True), ("7x", True)])
+def test_activations_of_large_networks_where_memory_is_not_known(
+    job: TrainJob, phi: Phi, recompute: bool
+) -> None:
+    """The network of the test keeps its size, whatever phi it says it came from."""
+    small = replace(job.model, phi=phi, max_level=6, fusion="fast", drop_path=0.0)
+    resolved, train, val = resolve_job(replace(job, model=small))
+    decided, _ = check_memory(resolved, derive(resolved, len(train), len(val)), cpu(None), 1)
+    assert decided.recipe.checkpoint_activations == recompute
 
 
 def test_unknown_memory_refuses_nothing(ready: Ready) -> None:
