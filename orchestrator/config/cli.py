@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import yaml
 
@@ -110,6 +110,23 @@ class BenchmarkOptions:
     model_scale: int | None = None
     latency_us: float | None = None
     gb_per_s: float | None = None
+
+
+Format = Literal["effdet"]
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """checkpoint: folder or URI; output: a .pth or .safetensors file."""
+
+    checkpoint: str
+    output: Path
+    format: Format
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    json: bool
 
 
 class Parser(argparse.ArgumentParser):
@@ -227,6 +244,26 @@ def parse_benchmark(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, Benc
         latency_us=arguments.link_latency_us,
         gb_per_s=arguments.link_gb_per_s,
     )
+
+
+def parse_export(description: str, argv: Sequence[str]) -> tuple[ExportRequest, ExportOptions]:
+    """What to write and where.
+
+    Raises:
+        ConfigError: anything that is not understood.
+    """
+    parser = Parser(
+        prog="jobs/export.py",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a checkpoint's folder or URI")
+    parser.add_argument("output", type=Path, help="a .pth or .safetensors file")
+    parser.add_argument("--format", choices=get_args(Format), default="effdet", help="(effdet)")
+    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
+    given = parser.parse_args(argv)
+    return ExportRequest(given.checkpoint, given.output, given.format), ExportOptions(given.json)
 
 
 def parse_job(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, argparse.Namespace]:

@@ -16,7 +16,7 @@ WHERE = "model.init"
 
 
 @contextmanager
-def open_initial(source: str) -> Iterator[Path]:
+def open_initial(source: str, where: str = WHERE) -> Iterator[Path]:
     """A checkpoint folder or weight file by path, URI or effdet's name; a remote one is a copy.
 
     Raises:
@@ -25,11 +25,11 @@ def open_initial(source: str) -> Iterator[Path]:
     if source in PUBLISHED:
         yield download(source)
         return
-    place = open_place(source, WHERE)
+    place = open_place(source, where)
     if place.local is not None:
         if not place.local.exists():
             raise ConfigError(
-                WHERE, "a path, a URI or a name that effdet published", repr(source),
+                where, "a path, a URI or a name that effdet published", repr(source),
                 nearest(source, PUBLISHED),
             )  # fmt: skip
         yield place.local
@@ -43,7 +43,7 @@ def open_initial(source: str) -> Iterator[Path]:
                 place.filesystem.get_file(place.path, str(copy))
         except Exception as error:  # each filesystem has its own exceptions
             raise StorageError(
-                WHERE, "a checkpoint or weight file", f"{source} ({reason(error)})",
+                where, "a checkpoint or weight file", f"{source} ({reason(error)})",
                 "correct the URI, or check the credentials",
             ) from None  # fmt: skip
         yield copy

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from model.training.config import Duration
-from orchestrator.config.cli import TRAIN_FLAGS, Flag, Options, parse_train, train_parser
+from orchestrator.config.cli import (
+    TRAIN_FLAGS,
+    Flag,
+    Options,
+    benchmark_parser,
+    parse_benchmark,
+    parse_train,
+    train_parser,
+)
 from orchestrator.config.codec import encode, flatten
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError
@@ -162,3 +170,16 @@ def test_job_hands_on_its_code_and_ends_with_json(capsys: pytest.CaptureFixture[
     code = run_job(lambda: parse("--json"), lambda job, options: Outcome(130, {"step": 3}))
     assert code == 130
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3}
+
+
+def test_a_list_flag_is_split_at_commas() -> None:
+    job, _ = parse_train(train_parser("train.py", ""), ["--freeze", "backbone, pyramid"])
+    assert job.model.freeze == ("backbone", "pyramid")
+
+
+def test_benchmark_options() -> None:
+    arguments = ["--phi", "2", "--rounds", "3", "--model-scale", "64", "--link-gb-per-s", "12.5"]
+    job, options = parse_benchmark(benchmark_parser("benchmark.py", ""), arguments)
+    assert job.model.phi == "2"
+    assert (options.rounds, options.model_scale, options.gb_per_s) == (3, 64, 12.5)
+    assert options.latency_us is None

@@ -267,3 +267,43 @@ def test_batch_that_does_not_fit_is_refused(
     with pytest.raises(ConfigError) as caught:
         derive(resolved(job, **settings), 8, 4)
     assert caught.value.where == where
+
+
+def test_a_published_name_brings_its_variant(job: TrainJob) -> None:
+    found = resolved(job, model__init="efficientdet_d0", model__backbone=None)
+    assert found.recipe.network.backbone == "efficientnet_b0"
+    assert found.recipe.network.padding == "symmetric"
+    assert not found.recipe.network.redundant_bias
+    assert resolved(job, model__init="tf_efficientdet_d0").recipe.network.padding == "same"
+
+
+def test_a_published_name_of_another_size_is_refused(job: TrainJob) -> None:
+    with pytest.raises(ConfigError, match=r"model\.phi: expected 2, as tf_efficientdet_d2 has"):
+        resolve_job(changed(job, model__init="tf_efficientdet_d2"))
+
+
+def test_initial_weights_replace_pretrained_ones(job: TrainJob, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").touch()
+    own = changed(job, model__init=str(tmp_path / "weights.pth"), model__pretrained="auto")
+    assert not resolve_job(own)[0].recipe.pretrained
+    assert resolved(job, model__pretrained="auto").recipe.pretrained
+    with pytest.raises(ConfigError, match="give one of them"):
+        resolve_job(changed(own, model__pretrained="yes"))
+
+
+def test_initial_weights_of_a_relative_path_stay_the_same_place(
+    job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    found = resolved(job, model__init="weights.pth")
+    assert found.job.model.init == str(tmp_path / "weights.pth")
+
+
+def test_frozen_parts_reach_the_recipe(job: TrainJob) -> None:
+    assert resolved(job, model__freeze=["backbone", "pyramid"]).recipe.freeze == (
+        "backbone",
+        "pyramid",
+    )
+    with pytest.raises(ConfigError, match="backbone"):
+        changed(job, model__freeze=["backbon"])
