@@ -1,7 +1,7 @@
 """COCO annotations as flat arrays.
 
-A json of 100,000 images becomes a dozen numpy arrays that loader processes share without copying
-(a list of a million dicts is copied page by page as reference counts move).
+A json of 100,000 images becomes a dozen numpy arrays that all loader processes of a worker share
+(a list of a million dicts would be sent to each).
 Category ids of the file (sparse, any order) map to contiguous labels 0..K-1 by ascending id; the
 map travels with every checkpoint.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from model.errors import DataError, nearest
@@ -72,6 +73,30 @@ class CocoIndex:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays go as tensors, made once: torch's pickler for loader processes moves a tensor's
+        bytes to shared memory instead of sending them. Any other pickler copies.
+        """
+        if "_tensors" not in self.__dict__:
+            tensors = {
+                name: torch.from_numpy(np.ascontiguousarray(value).view(np.uint8).reshape(-1))
+                for name, value in self._arrays().items()
+            }
+            self.__dict__["_tensors"] = tensors
+        layout = {name: (value.dtype.str, value.shape) for name, value in self._arrays().items()}
+        rest = {key: value for key, value in self.__dict__.items() if key not in layout}
+        return rest | {"_layout": layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layout = state.pop("_layout")
+        self.__dict__.update(state)
+        for name, (dtype, shape) in layout.items():
+            flat = state["_tensors"][name].numpy()
+            self.__dict__[name] = flat.view(np.dtype(dtype)).reshape(shape)
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {key: value for key, value in self.__dict__.items() if isinstance(value, np.ndarray)}
 
     def training_boxes(self, image: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Boxes [m, 4] and labels [m] of one image without crowds (they are for evaluation)."""

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from helpers.peek import Peek
 from numpy.typing import NDArray
 
 from model.data.index import ClassMap, CocoIndex, parse_coco
@@ -228,3 +231,23 @@ def test_real_images_annotations() -> None:
         np.testing.assert_allclose(index.boxes_xyxy[row], [x, y, x + w, y + h], atol=0.5)
         category = index.classes.category_ids[index.labels[row]]
         assert category == by_id[number]["category_id"]
+
+
+def test_loader_processes_share_the_arrays() -> None:
+    small = parse(document())
+    loader = torch.utils.data.DataLoader(
+        Peek(small), num_workers=2, multiprocessing_context="forkserver", batch_size=None
+    )
+    assert list(loader) == [True] * 4
+    first = small.__dict__["_tensors"]["boxes_xyxy"].data_ptr()
+    list(loader)
+    assert small.__dict__["_tensors"]["boxes_xyxy"].data_ptr() == first, "shared once, not anew"
+
+
+def test_any_pickler_keeps_an_index() -> None:
+    small = parse(document())
+    again = pickle.loads(pickle.dumps(small))
+    assert again.classes == small.classes
+    for name in ("image_ids", "file_names", "sizes_hw", "offsets", "boxes_xyxy", "labels", "crowd"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(small, name))
+        assert getattr(again, name).dtype == getattr(small, name).dtype
