@@ -12,7 +12,17 @@ class UserError(Exception):
     A job prints it as one line and exits with code 2, without a traceback.
     """
 
-    def __init__(self, where: str, expected: str, got: str, remedy: str = "see --help") -> None:
+    def __init__(
+        self, where: str, expected: str = "", got: str = "", remedy: str = "see --help"
+    ) -> None:
+        """where alone: the text of another process's traceback, as torch's loader hands it over."""
+        if not expected:
+            last = (
+                where.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: ")
+            )
+            where, _, rest = last.partition(": expected ")
+            expected, _, rest = rest.partition(", got ")
+            got, _, remedy = rest.rpartition("; ")
         self.where, self.expected, self.got, self.remedy = where, expected, got, remedy
         super().__init__(f"{where}: expected {expected}, got {got}; {remedy}")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,19 +19,26 @@ from model.data.transforms import (
     apply_to_boxes,
     apply_to_image,
     decode_image,
+    empty_canvas,
     letterbox_view,
     random_view,
     shrink,
 )
 from model.errors import DataError
 
+logger = logging.getLogger(__name__)
+MOST_REPLACEMENTS = 10  # in a row: then the storage is broken, not an image
+OnDamage = Literal["replace", "blank", "fail"]
 Reader = Callable[[str], bytes]
 """File name of an image, as in the annotations -> its bytes. Raises OSError."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """pixels uint8 [R, R, 3]; boxes float32 [m, 4] network pixels; labels int64 [m]."""
+    """pixels uint8 [R, R, 3]; boxes float32 [m, 4] network pixels; labels int64 [m].
+
+    damaged: images that could not be read and that this one stands for.
+    """
 
     image: int
     pixels: NDArray[np.uint8]
@@ -37,13 +46,15 @@ class Sample:
     labels: NDArray[np.int64]
     scale: float
     size_hw: tuple[int, int]
+    damaged: int = 0
 
 
 @dataclass(frozen=True)
 class Batch:
     """images uint8 [B, 3, R, R] (channels last in memory); boxes_xyxy float32 [B, M, 4];
     labels int64 [B, M], -1 for padding; sizes_hw float32 [B, 2] of the content, network pixels;
-    scales float64 [B] network pixels per source pixel; indices int64 [B] into the dataset.
+    scales float64 [B] network pixels per source pixel; indices int64 [B] into the dataset;
+    damaged int64 [B]: unreadable images that each stands for.
     """
 
     images: Tensor
@@ -52,6 +63,7 @@ class Batch:
     sizes_hw: Tensor
     scales: Tensor
     indices: Tensor
+    damaged: Tensor
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -73,7 +85,12 @@ class Batch:
 
 
 class DetectionDataset(torch.utils.data.Dataset[Sample]):
-    """Maps (epoch, image number) to a sample; without augmentation the epoch does not matter."""
+    """Maps (epoch, image number) to a sample; without augmentation the epoch does not matter.
+
+    on_damage: what becomes of an image that cannot be read. "replace" takes another one, drawn by
+    (seed, epoch, image), so that every run takes the same; "blank" is an empty picture, which scores
+    as nothing found; "fail" raises. The first two are counted in the sample.
+    """
 
     def __init__(
         self,
@@ -82,9 +99,10 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         image_size_px: int,
         augment: AugmentConfig,
         seed: int,
+        on_damage: OnDamage = "fail",
     ) -> None:
         self.index, self.read, self.image_size_px = index, read, image_size_px
-        self.augment, self.seed = augment, seed
+        self.augment, self.seed, self.on_damage = augment, seed, on_damage
 
     def __len__(self) -> int:
         return len(self.index)
@@ -92,10 +110,36 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
     def evaluation(self) -> DetectionDataset:
         """The same images, letterboxed, never augmented."""
         plain = replace(self.augment, enabled=False)
-        return DetectionDataset(self.index, self.read, self.image_size_px, plain, self.seed)
+        on_damage: OnDamage = "fail" if self.on_damage == "fail" else "blank"
+        return DetectionDataset(
+            self.index, self.read, self.image_size_px, plain, self.seed, on_damage
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Raises DataError: unreadable, and to fail or for the MOST_REPLACEMENTS-th time."""
         epoch, image = key
+        others = np.random.default_rng((self.seed, epoch, image, 1))
+        chosen = image
+        for damaged in range(MOST_REPLACEMENTS):
+            try:
+                return replace(self._sample(epoch, chosen), damaged=damaged)
+            except DataError as error:
+                if self.on_damage == "fail" or damaged == MOST_REPLACEMENTS - 1:
+                    raise
+                logger.warning("%s: %s", self.on_damage, error)
+            if self.on_damage == "blank":
+                return self._blank(image)
+            chosen = int(others.integers(len(self)))
+        raise AssertionError("unreachable")
+
+    def _blank(self, image: int) -> Sample:
+        height, width = (int(side) for side in self.index.sizes_hw[image])
+        view = letterbox_view(height, width, self.image_size_px)
+        boxes, labels = np.empty((0, 4), dtype=np.float32), np.empty(0, dtype=np.int64)
+        pixels = empty_canvas(self.image_size_px)
+        return Sample(image, pixels, boxes, labels, view.scale, view.size_hw, damaged=1)
+
+    def _sample(self, epoch: int, image: int) -> Sample:
         name = str(self.index.file_names[image])
         height, width = (int(side) for side in self.index.sizes_hw[image])
         view = self._view(epoch, image, height, width)
@@ -162,4 +206,5 @@ def collate(samples: list[Sample]) -> Batch:
         sizes_hw=torch.tensor([sample.size_hw for sample in samples], dtype=torch.float32),
         scales=torch.tensor([sample.scale for sample in samples], dtype=torch.float64),
         indices=torch.tensor([sample.image for sample in samples], dtype=torch.int64),
+        damaged=torch.tensor([sample.damaged for sample in samples], dtype=torch.int64),
     )

@@ -132,7 +132,7 @@ def apply_to_image(image: Image.Image, view: View, size_px: int) -> NDArray[np.u
     content = pixels[..., :height, :width]
     if view.flip:
         content = content.flip(3)
-    canvas = _empty_canvas(size_px).copy()
+    canvas = empty_canvas(size_px)
     canvas[:height, :width] = content[0].permute(1, 2, 0).numpy()
     return canvas
 
@@ -144,9 +144,13 @@ def _span(side: int, offset: float, content: int, scale: float) -> tuple[int, in
     return first, last, max(content, round((last - first) * scale))
 
 
+def empty_canvas(size_px: int) -> NDArray[np.uint8]:
+    """Padding all over. Copying one is many times quicker than filling one with three values."""
+    return _padding(size_px).copy()
+
+
 @cache
-def _empty_canvas(size_px: int) -> NDArray[np.uint8]:
-    """Copying one is many times quicker than filling one with three values."""
+def _padding(size_px: int) -> NDArray[np.uint8]:
     canvas = np.empty((size_px, size_px, 3), dtype=np.uint8)
     canvas[:] = PAD_RGB
     canvas.flags.writeable = False

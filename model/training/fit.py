@@ -16,7 +16,7 @@ from torch import Tensor
 from model.data.dataset import Batch, DetectionDataset
 from model.data.loader import training_loader
 from model.data.sampler import StepSampler, plan_batch
-from model.errors import CheckpointError
+from model.errors import CheckpointError, DivergedError
 from model.network.detector import Detector
 from model.training import state
 from model.training.config import Recipe
@@ -26,10 +26,15 @@ from model.training.step import Schedule, Trainee
 
 LOG_KEYS = ("train/loss", "train/loss_classes", "train/loss_boxes", "train/positives", "train/grad_norm")  # fmt: skip
 
+LR_FACTOR_AFTER_DIVERGENCE = 0.5
+
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended. metrics: of the last evaluation; stopped: why it ended early, if it did."""
+    """How a run ended. metrics: of the last evaluation; stopped: why it ended early, if it did.
+
+    damaged_images: met by all workers since this process began; rolled_back: it had diverged once.
+    """
 
     step: int
     metrics: dict[str, float]
@@ -37,6 +42,8 @@ class FitResult:
     img_per_s: float
     peak_memory_bytes: int
     started_at_step: int
+    damaged_images: int
+    rolled_back: bool
 
 
 @dataclass
@@ -50,13 +57,14 @@ class LogMeter:
     waited: float = 0.0
     images: int = 0
     steps_timed: int = 0
+    damaged_images: int = 0
 
     def __post_init__(self) -> None:
-        self.sums = torch.zeros(len(LOG_KEYS) + 1, device=self.device)
+        self.sums = torch.zeros(len(LOG_KEYS) + 2, device=self.device)
 
-    def add(self, row: Tensor, *, seconds: float, waited: float, images: int) -> None:
-        one = torch.full((1,), 1.0 / self.world_size, device=self.device)
-        self.sums += torch.cat([row, one])
+    def add(self, row: Tensor, *, damaged: int, seconds: float, waited: float, images: int) -> None:
+        counts = torch.tensor([float(damaged), 1.0 / self.world_size])
+        self.sums += torch.cat([row, counts.to(self.device, non_blocking=True)])
         self.seconds += seconds
         self.waited += waited
         self.images += images
@@ -71,15 +79,21 @@ class LogMeter:
 
     def take(self) -> dict[str, float]:
         """Means of the interval; starts a new one. Collective."""
-        *sums, steps = self.reduced().tolist()
+        *sums, damaged, steps = self.reduced().tolist()
+        self.damaged_images += round(damaged)
         metrics = {key: value / steps for key, value in zip(LOG_KEYS, sums, strict=True)}
+        if damaged:
+            metrics["data/damaged_images"] = damaged
         if self.seconds > 0:
             metrics["perf/img_per_s"] = self.images / self.seconds
             metrics["perf/step_s"] = self.seconds / self.steps_timed
             metrics["perf/data_wait_share"] = self.waited / self.seconds
+        self.forget()
+        return metrics
+
+    def forget(self) -> None:
         self.sums.zero_()
         self.seconds, self.waited, self.images, self.steps_timed = 0.0, 0.0, 0, 0
-        return metrics
 
 
 def fit(
@@ -95,8 +109,12 @@ def fit(
     config: the resolved configuration, stored with each checkpoint.
     initial: fills the weights of a new run; every rank calls it, none that has a checkpoint.
 
+    Where the loss stops being finite, all ranks go back to the newest checkpoint, once, and on at
+    half the learning rate.
+
     Raises:
-        DivergedError: on all ranks, before the update that would have spoilt the weights.
+        DivergedError: on all ranks, before the update that would have spoilt the weights: without a
+            checkpoint to go back to, or for the second time.
     """
     rank, world_size, device = runtime.rank, runtime.world_size, runtime.device
     plan = plan_batch(
@@ -119,34 +137,51 @@ def fit(
         if folder is not None:
             start, metrics = _load(folder, trainee, meter, train, rank)
 
-    sampler = StepSampler(
-        plan=plan, rank=rank, num_images=len(train), seed=recipe.train.seed,
-        start=start, stop=schedule.total,
-    )  # fmt: skip
-    batches = iter(
-        cast(
-            "Iterator[Batch]",
-            training_loader(train, sampler, workers=recipe.loader_workers, device=device),
-        )
-    )
+    def loader(first: int) -> Iterator[Batch]:
+        sampler = StepSampler(
+            plan=plan, rank=rank, num_images=len(train), seed=recipe.train.seed,
+            start=first, stop=schedule.total,
+        )  # fmt: skip
+        made = training_loader(train, sampler, workers=recipe.loader_workers, device=device)
+        return iter(cast("Iterator[Batch]", made))
+
+    batches = loader(start)
     stopped: str | None = None
     saved = start
     trained_s = 0.0
 
     def save(done: int, scored: Mapping[str, float]) -> None:
-        write = _writer(trainee, meter.reduced(), done, config, train, scored)
-        runtime.save(done, scored, write if rank == 0 else None)
+        log_sums = meter.reduced()
+        write = None
+        if rank == 0:
+            write = _writer(trainee, log_sums, done, config, train, scored)
+        runtime.save(done, scored, write)
 
     step = start
     while step < schedule.total and stopped is None:
         began = time.perf_counter()
-        shards = [next(batches).to(device) for _ in trainee.shards]
+        shards = [next(batches) for _ in trainee.shards]
         waited = time.perf_counter() - began
-        row = trainee.step(step, schedule, shards)
+        damaged = sum(int(shard.damaged.sum()) for shard in shards)
+        try:
+            row = trainee.step(step, schedule, [shard.to(device) for shard in shards])
+        except DivergedError:
+            # Raised on all ranks; none has changed its weights.
+            if trainee.lr_factor < 1.0:
+                raise
+            with runtime.restore() as folder:
+                if folder is None:
+                    raise
+                step, metrics = _load(folder, trainee, meter, train, rank)
+            trainee.lr_factor *= LR_FACTOR_AFTER_DIVERGENCE
+            saved, batches = step, loader(step)
+            if rank == 0:
+                runtime.log(step, {"train/rolled_back": 1.0})
+            continue
         seconds = time.perf_counter() - began
         trained_s += seconds
         step += 1
-        meter.add(row, seconds=seconds, waited=waited, images=plan.batch_size)
+        meter.add(row, damaged=damaged, seconds=seconds, waited=waited, images=plan.batch_size)
         last = step == schedule.total
 
         if step % recipe.train.log_every_steps == 0 or last:
@@ -177,6 +212,8 @@ def fit(
         img_per_s=(step - start) * plan.batch_size / trained_s if trained_s else 0.0,
         peak_memory_bytes=peak_memory_bytes(device),
         started_at_step=start,
+        damaged_images=meter.damaged_images,
+        rolled_back=trainee.lr_factor < 1.0,
     )
 
 
@@ -195,6 +232,8 @@ def _load(
     state.read_weights(folder, trainee.ema.module, ema=True)
     progress = state.read_progress(folder)
     state.load_momentum(trainee.detector, trainee.optimizer, progress.momentum)
+    trainee.lr_factor = progress.lr_factor
+    meter.forget()
     if rank == 0:  # sums over all workers: one of them carries on
         meter.sums.copy_(progress.log_sums)
     return progress.step, state.read_metrics(folder)
@@ -208,21 +247,29 @@ def _writer(
     train: DetectionDataset,
     metrics: Mapping[str, float],
 ) -> Callable[[Path], None]:
+    """A snapshot on the host, taken now; the function that writes it may run later, elsewhere."""
+    progress = state.Progress(
+        step,
+        _on_host(state.momentum_by_name(trainee.detector, trainee.optimizer)),
+        log_sums.to("cpu", copy=True),
+        trainee.lr_factor,
+    )
+    model, ema = (
+        _on_host(module.state_dict()) for module in (trainee.detector, trainee.ema.module)
+    )
+    scored, classes = dict(metrics), train.index.classes
+
     def write(folder: Path) -> None:
-        progress = state.Progress(
-            step, state.momentum_by_name(trainee.detector, trainee.optimizer), log_sums
-        )
         state.write_checkpoint(
-            folder,
-            model=trainee.detector.state_dict(),
-            ema=trainee.ema.module.state_dict(),
-            progress=progress,
-            config=config,
-            classes=train.index.classes,
-            metrics=metrics,
-        )
+            folder, model=model, ema=ema, progress=progress, config=config,
+            classes=classes, metrics=scored,
+        )  # fmt: skip
 
     return write
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _evaluate(

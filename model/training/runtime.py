@@ -35,7 +35,9 @@ class Runtime(Protocol):
     def save(
         self, step: int, metrics: Mapping[str, float], write: Callable[[Path], None] | None
     ) -> None:
-        """Commit a checkpoint; `write` fills an empty folder and is None but on rank 0. Collective."""
+        """Commit a checkpoint, now or soon; `write` is None but on rank 0, where it fills an empty
+        folder with what it has copied. Called on all ranks.
+        """
         ...
 
     def stop_reason(self) -> str | None:
@@ -92,8 +94,6 @@ class ProcessGroupRuntime:
     ) -> None:
         if self.store is not None and write is not None:
             self.store.save(step, metrics, write)
-        if self.world_size > 1:
-            dist.barrier()
 
     def stop_reason(self) -> str | None:
         return None

@@ -35,11 +35,15 @@ UNUSED = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: updates done, momentum by parameter name, sums of the open log interval."""
+    """Where a run stands: updates done, momentum by parameter name, sums of the open log interval.
+
+    lr_factor: what the scheduled learning rate is multiplied by since the run had diverged.
+    """
 
     step: int
     momentum: dict[str, Tensor]
     log_sums: Tensor
+    lr_factor: float = 1.0
 
 
 def write_checkpoint(
@@ -64,6 +68,7 @@ def write_checkpoint(
         "step": progress.step,
         "momentum": {key: t.detach().cpu() for key, t in progress.momentum.items()},
         "log_sums": progress.log_sums.detach().cpu(),
+        "lr_factor": progress.lr_factor,
     }
     torch.save(state, folder / TRAIN_STATE)
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True))
@@ -129,7 +134,12 @@ def read_weights(folder: Path, module: nn.Module, *, ema: bool = False) -> None:
 
 def read_progress(folder: Path) -> Progress:
     state = torch.load(folder / TRAIN_STATE, weights_only=True, map_location="cpu")
-    return Progress(int(state["step"]), dict(state["momentum"]), state["log_sums"])
+    return Progress(
+        int(state["step"]),
+        dict(state["momentum"]),
+        state["log_sums"],
+        float(state.get("lr_factor", 1.0)),
+    )
 
 
 def read_metrics(folder: Path) -> dict[str, float]:

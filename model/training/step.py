@@ -85,6 +85,7 @@ class Trainee:
         self.statistics = RunningStatistics(
             self.detector, plan, recomputed=recipe.checkpoint_activations
         )
+        self.lr_factor = 1.0
         self.forward: nn.Module = self.detector
         if plan.world_size > 1:
             off: dict[str, Any] = {_BUFFER_SYNC: False}
@@ -166,6 +167,7 @@ class Trainee:
             warmup_steps=schedule.warmup,
             total_steps=schedule.total,
         )
+        lr *= self.lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr

@@ -32,12 +32,24 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Where a remote dataset is kept on each node, and how much of it.
+
+    folder: None is ~/.cache/efficientdet.
+    """
+
+    folder: str | None = None
+    limit_gib: float = 100.0
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """root: a folder with a COCO-format dataset, or "shapes" for the generated demo.
+    """root: a folder or URL (s3://…) with a COCO-format dataset, or "shapes" for the generated demo.
 
     classes: names to keep, all where None. loader_workers: processes that decode, per training
     worker (None: 0 on a CPU, up to 8 beside a GPU). check: how many images are decoded before the
-    start ("sample" is up to 256).
+    start ("sample" is up to 256). damaged: an image that turns out unreadable later is replaced by
+    another one and counted (in evaluation it scores as nothing found), or ends the run.
     """
 
     root: str = DEMO
@@ -48,6 +60,8 @@ class DataConfig:
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     loader_workers: int | None = None
     check: Literal["sample", "all", "none"] = "sample"
+    damaged: Literal["replace", "fail"] = "replace"
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from model.training.runtime import LocalRuntime, join_torchrun
 from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, train
+from orchestrator.storage.background import BackgroundStore
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class Leader:
         if not self._told:
             self._tell(order)
         recorder = Recorder(order.assignment, board)
-        store = open_store(order.assignment, board.say)
+        store = BackgroundStore(open_store(order.assignment, board.say))
         runtime = LocalRuntime(
             store=store, sink=recorder, device=order.device, threads=order.threads
         )
         try:
-            return train(order.assignment, runtime, board)
+            return train(order.assignment, runtime, store, board)
         finally:
             recorder.close()
 
@@ -90,11 +91,11 @@ def follow(*, use_gpu: bool) -> int:
     order, result = box[0], {}
     if order is not None:
         board = Silence()
-        store = open_store(order.assignment, board.say)
+        store = BackgroundStore(open_store(order.assignment, board.say))
         runtime = LocalRuntime(
             store=store, sink=board.log, device=order.device, threads=order.threads
         )
-        result = train(order.assignment, runtime, board)
+        result = train(order.assignment, runtime, store, board)
     _leave()
     return 1 if "diverged" in result else 0
 

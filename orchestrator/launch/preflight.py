@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from model.data.folder import FolderReader, missing_images
+from model.data.folder import missing_images
 from model.data.index import ClassMap, CocoIndex
 from model.data.lint import check_images
 from model.detection.anchors import make_anchors
@@ -85,7 +85,7 @@ def check_data(split: Split, index: CocoIndex, job: TrainJob) -> int:
         )  # fmt: skip
     if job.data.check == "none":
         return 0
-    return check_images(index, FolderReader(split.images), everything=job.data.check == "all")
+    return check_images(index, split.reader(), everything=job.data.check == "all")
 
 
 def choose_hardware(job: TrainJob, *, cpus: float, gpus: float, local: bool) -> Hardware:

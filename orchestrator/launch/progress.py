@@ -33,6 +33,14 @@ class Progress:
             self.live.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "train/rolled_back" in metrics:
+            self.say(
+                f"the loss was not finite: back to the checkpoint of step {step}, "
+                "on at half the learning rate"
+            )
+        if "data/damaged_images" in metrics:
+            number = metrics["data/damaged_images"]
+            self.say(f"{number:.0f} unreadable image(s) replaced before step {step}")
         self.step = step
         self.latest.update(metrics)
         if "perf/step_s" in metrics:

@@ -30,6 +30,7 @@ from model.training.runtime import (
 )
 from orchestrator.errors import ClusterError
 from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, train
+from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.filesystems import reason
 
 EXCLUDES = [".git", ".venv", "runs", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
@@ -66,7 +67,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """`train_loop_per_worker`: the same work as under any launcher."""
     assignment: Assignment = config["assignment"]
     board = RemoteBoard(config["board"])
-    store = open_store(assignment, board.say)
+    store = BackgroundStore(open_store(assignment, board.say))
     rank = ray.train.get_context().get_world_rank()
     recorder = Recorder(assignment, board) if rank == 0 else None
     runtime = RayRuntime(
@@ -75,7 +76,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         threads=assignment.resolved.job.launch.threads_per_worker,
     )
     try:
-        return train(assignment, runtime, board)
+        return train(assignment, runtime, store, board)
     finally:
         if recorder is not None:
             recorder.close()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from model.data.dataset import DetectionDataset
+from model.data.dataset import DetectionDataset, Reader
 from model.data.folder import FolderReader, SplitPaths, find_images, find_split
 from model.data.index import CocoIndex, parse_coco
 from model.data.sampler import BatchPlan, default_group_size, plan_batch
@@ -24,24 +24,44 @@ from model.training.config import Recipe
 from model.training.state import network_config
 from model.training.step import Schedule
 from orchestrator.config.codec import encode
-from orchestrator.config.schema import DEMO, SplitConfig, TrainJob
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.config.schema import DEMO, CacheConfig, SplitConfig, TrainJob
+from orchestrator.errors import ConfigError, DataError, StorageError, UserError
+from orchestrator.storage.cache import CachedReader, NodeCache
+from orchestrator.storage.filesystems import is_remote, open_path, reason
 
 RAY_PACKAGE = "_ray_pkg_"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where a split's annotations and images lie, absolute; first: keep the lowest N ids."""
+    """Where a split's annotations and images lie, absolute; first: keep the lowest N ids.
+
+    Remote ones go through the cache of the node that asks.
+    """
 
     annotations: Path
     images: Path
     first: int | None
+    cache: CacheConfig
+
+    def reader(self) -> Reader:
+        return (
+            CachedReader(self.images, self._cache())
+            if is_remote(self.images)
+            else FolderReader(self.images)
+        )
+
+    def _cache(self) -> NodeCache:
+        folder = Path(self.cache.folder or "~/.cache/efficientdet").expanduser()
+        return NodeCache(folder, int(self.cache.limit_gib * 2**30))
 
     def index(self, classes: tuple[str, ...] | None) -> CocoIndex:
         """Raises DataError: see `model.data.index.parse_coco`."""
         try:
-            text = self.annotations.read_bytes()
+            remote = is_remote(self.annotations)
+            text = (
+                self._cache().whole(self.annotations) if remote else self.annotations.read_bytes()
+            )
         except OSError as error:
             raise DataError(
                 "data", "an annotation file", f"{self.annotations} ({error.strerror})",
@@ -80,7 +100,7 @@ class ResolvedJob:
         asked = encode(self.job)
         same = {k: asked[k] for k in ("model", "data", "train", "optim", "loss", "evaluation")}
         for section, operational in (
-            ("data", ("check", "loader_workers")),
+            ("data", ("check", "loader_workers", "cache")),
             ("train", ("max_images_at_once", "log_every_steps")),
         ):
             for name in operational:
@@ -94,8 +114,8 @@ class ResolvedJob:
 
         def dataset(split: Split) -> DetectionDataset:
             return DetectionDataset(
-                split.index(data.classes), FolderReader(split.images),
-                recipe.network.image_size_px, recipe.augment, recipe.train.seed,
+                split.index(data.classes), split.reader(),
+                recipe.network.image_size_px, recipe.augment, recipe.train.seed, data.damaged,
             )  # fmt: skip
 
         train = dataset(self.train)
@@ -230,7 +250,7 @@ def _is_demo(job: TrainJob) -> bool:
 
 def _splits(job: TrainJob, output: Path) -> tuple[Split, Split, list[str]]:
     data, notes = job.data, []
-    root = Path(data.root).expanduser()
+    root = open_path(data.root, "data.root")
     if _is_demo(job):
         root = output / "data" / DEMO
         try:
@@ -241,20 +261,35 @@ def _splits(job: TrainJob, output: Path) -> tuple[Split, Split, list[str]]:
                 "remove it or choose another --output",
             ) from None  # fmt: skip
         notes.append(f"demo dataset shapes {'drawn' if made else 'found'} in {root}")
-    train = _split(data.train, root, "train")
+    train = _split(data.train, root, "train", data.cache)
     if train is None:
         raise DataError(
             "data.root", "annotations/*train*.json", f"none in {root}",
             "see the README for the layouts, or --set data.train.annotations=PATH",
         )  # fmt: skip
-    val = _split(data.val, root, "val")
+    val = _split(data.val, root, "val", data.cache)
     if val is None:
         notes.append("no *val*.json found: evaluating on the TRAINING images")
         val = train
     return train, val, notes
 
 
-def _split(config: SplitConfig, root: Path, name: str) -> Split | None:
+def _split(config: SplitConfig, root: Path, name: str, cache: CacheConfig) -> Split | None:
+    """Raises DataError, StorageError: not where it was said to be."""
+    try:
+        return _find(config, root, name, cache)
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:  # each filesystem has its own exceptions
+        if not is_remote(root):
+            raise
+        raise StorageError(
+            "data.root", "a dataset that can be read", f"{root} ({reason(error)})",
+            "check the URL, AWS_ENDPOINT_URL and the credentials",
+        ) from None  # fmt: skip
+
+
+def _find(config: SplitConfig, root: Path, name: str, cache: CacheConfig) -> Split | None:
     if config.annotations is None:
         if config.images is not None:
             raise ConfigError(
@@ -265,7 +300,7 @@ def _split(config: SplitConfig, root: Path, name: str) -> Split | None:
         if found is None:
             return None
     else:
-        annotations = Path(config.annotations).expanduser().absolute()
+        annotations = open_path(config.annotations, f"data.{name}.annotations").absolute()
         if not annotations.is_file():
             raise DataError(
                 f"data.{name}.annotations", "a json file", f"none at {annotations}", "correct it"
@@ -275,10 +310,11 @@ def _split(config: SplitConfig, root: Path, name: str) -> Split | None:
                 annotations, find_images(annotations.parent.parent, annotations, name, name)
             )
         else:
-            found = SplitPaths(annotations, Path(config.images).expanduser().absolute())
+            images = open_path(config.images, f"data.{name}.images").absolute()
+            found = SplitPaths(annotations, images)
     if not found.images.is_dir():
         raise DataError(f"data.{name}.images", "a folder", f"none at {found.images}", "correct it")
-    return Split(found.annotations, found.images, config.first)
+    return Split(found.annotations, found.images, config.first, cache)
 
 
 def _check_numbers(job: TrainJob) -> None:

@@ -174,6 +174,8 @@ def _report(
         "step": result.get("step", steps[-1] if steps else 0),
         "metrics": result.get("metrics", {}),
         "img_per_s": result.get("img_per_s"),
+        "damaged_images": result.get("damaged_images"),
+        "rolled_back": result.get("rolled_back"),
         "peak_memory_gib": round(result.get("peak_memory_bytes", 0) / 2**30, 3) or None,
         "params": derived.cost.params,
         "gmacs": round(derived.cost.gmacs, 4),
@@ -201,6 +203,10 @@ def _print_summary(
     if report["img_per_s"]:
         memory = report["peak_memory_gib"]
         rows.append(("speed", f"{report['img_per_s']:.1f} images/s, peak memory {memory:.1f} GiB"))
+    if report["damaged_images"]:
+        rows.append(("damaged images", f"{report['damaged_images']} met and replaced"))
+    if report["rolled_back"]:
+        rows.append(("rolled back", "the loss was not finite once; trained on at half the rate"))
     for name in ("checkpoint", "best_checkpoint"):
         if report[name]:
             rows.append((name.replace("_", " "), str(report[name])))

@@ -17,6 +17,7 @@ from model.training.runtime import Runtime
 from orchestrator.launch.resolve import ResolvedJob
 from orchestrator.records.spool import MetricSender, Spool
 from orchestrator.records.tracker import TrackedRun
+from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import open_place
 from orchestrator.storage.weights import open_initial
@@ -68,8 +69,10 @@ def _initialise(source: str | None, classes: ClassMap, detector: Detector) -> No
             load_initial(detector, path, classes)
 
 
-def train(assignment: Assignment, runtime: Runtime, board: Board) -> dict[str, Any]:
-    """Run `fit` on this worker; the result as plain data.
+def train(
+    assignment: Assignment, runtime: Runtime, store: BackgroundStore, board: Board
+) -> dict[str, Any]:
+    """Run `fit` on this worker; the result as plain data, once its last checkpoint is committed.
 
     Divergence is a result too, {"diverged": the exception}: all ranks agree on it and no restart
     would cure it.
@@ -87,6 +90,9 @@ def train(assignment: Assignment, runtime: Runtime, board: Board) -> dict[str, A
         )
     except DivergedError as error:
         return {"diverged": error}
+    finally:
+        store.wait()
+    store.close()
     if result.started_at_step and runtime.rank == 0:
         board.say(f"went on from the checkpoint of step {result.started_at_step}")
     return asdict(result)

@@ -12,10 +12,11 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from upath import UPath
 
 from orchestrator.errors import StorageError
 
@@ -51,21 +52,41 @@ def open_place(uri: str, where: str) -> Place:
         return Place(uri, LocalFileSystem(), str(Path(uri).absolute()))
     if protocol == "file":
         return Place(uri, LocalFileSystem(), str(Path(rest).absolute()))
-    options: dict[str, Any] = {}
-    if protocol in ("s3", "s3a"):
-        options = {
-            "use_listings_cache": False,
-            "config_kwargs": {
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
-                "retries": {"max_attempts": ATTEMPTS, "mode": "standard"},
-            },
-        }
     try:
-        filesystem = fsspec.filesystem(protocol, **options)
+        filesystem = fsspec.filesystem(protocol, **_options(protocol))
     except (ValueError, ImportError) as error:
         raise StorageError(where, "a path or a URL fsspec knows", uri, str(error)) from None
     return Place(uri, filesystem, rest.rstrip("/"))
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    if protocol not in ("s3", "s3a"):
+        return {}
+    return {
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "retries": {"max_attempts": ATTEMPTS, "mode": "standard"},
+        },
+    }
+
+
+def open_path(uri: str, where: str) -> Path:
+    """A local path, or one on any filesystem that fsspec knows, with pathlib's methods.
+
+    Raises:
+        StorageError: a protocol that fsspec does not know.
+    """
+    place = open_place(uri, where)
+    if place.local is not None:
+        return Path(uri.removeprefix("file://")).expanduser()
+    protocol = uri.partition("://")[0]
+    return cast(Path, UPath(uri, **_options(protocol)))
+
+
+def is_remote(path: Path) -> bool:
+    return isinstance(path, UPath)
 
 
 def check_writable(place: Place, where: str) -> None:

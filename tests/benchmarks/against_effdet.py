@@ -71,7 +71,7 @@ def random_batch(images: int, size_px: int, boxes: int = 10) -> Batch:
     return Batch(
         pixels.permute(0, 3, 1, 2), xyxy, labels,
         torch.full((images, 2), float(size_px)), torch.ones(images, dtype=torch.float64),
-        torch.arange(images),
+        torch.arange(images), torch.zeros(images, dtype=torch.int64),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from s3fs import S3FileSystem
 from torch import nn
 
 from model.data.index import ClassMap
@@ -29,6 +30,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("AWS_ENDPOINT_URL", "RAY_ADDRESS", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    # fsspec keeps connections by their options, and the endpoint is not one of them.
+    S3FileSystem.clear_instance_cache()
     yield
     os.environ.clear()
     os.environ.update(before)

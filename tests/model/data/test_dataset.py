@@ -14,7 +14,7 @@ from PIL import Image
 from model.data.dataset import Batch, DetectionDataset, Sample, collate
 from model.data.folder import FolderReader, find_split
 from model.data.index import CocoIndex, parse_coco
-from model.data.transforms import AugmentConfig
+from model.data.transforms import PAD_RGB, AugmentConfig
 from model.errors import DataError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -191,3 +191,40 @@ def test_real_images() -> None:
             assert (sample.boxes_xyxy <= np.array([width, height] * 2)).all()
             assert len(sample.labels) == len(sample.boxes_xyxy)
             assert sample.pixels[:height, :width].std() > 5
+
+
+def test_an_error_in_a_loader_process_stays_one_line(tmp_path: Path) -> None:
+    """Torch hands it over as the text of a traceback."""
+    dataset, _ = torn_dataset(tmp_path)
+    loader = torch.utils.data.DataLoader(
+        dataset, sampler=[(0, 0)], num_workers=1, multiprocessing_context="forkserver",
+        collate_fn=collate,
+    )  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value).startswith("image torn.jpg: expected a readable image, got ")
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy == "replace it or take it out"
+
+
+def torn_dataset(folder: Path) -> tuple[DetectionDataset, CocoIndex]:
+    (folder / "torn.jpg").write_bytes(b"torn")
+    document = {
+        "images": [{"id": 1, "file_name": "torn.jpg", "width": 64, "height": 48}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 20, 20], "area": 400}
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    index = parse_coco(json.dumps(document).encode(), "torn")
+    return DetectionDataset(index, FolderReader(folder), 64, AugmentConfig(), 0), index
+
+
+def test_a_damaged_image_scores_as_nothing_found(tmp_path: Path) -> None:
+    _, index = torn_dataset(tmp_path)
+    dataset = DetectionDataset(index, FolderReader(tmp_path), 64, AugmentConfig(), 0, "replace")
+    sample = dataset.evaluation()[(0, 0)]
+    assert sample.damaged == 1
+    assert (sample.pixels == PAD_RGB).all()
+    assert sample.size_hw == (48, 64)
+    assert len(sample.labels) == 0

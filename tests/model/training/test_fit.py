@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from helpers.loop import Record, dataset, recipe, run
 from safetensors.torch import load_file
 
-from model.data.dataset import DetectionDataset, collate
+from model.data.dataset import DetectionDataset, OnDamage, collate
 from model.data.sampler import plan_batch
-from model.errors import DivergedError
+from model.errors import DataError, DivergedError
 from model.network.detector import Detector
 from model.network.scaling import Part
 from model.training.config import Duration
+from model.training.fit import _writer
+from model.training.optim import learning_rate
+from model.training.state import read_progress
 from model.training.step import Schedule, Trainee
 from orchestrator.storage.checkpoints import CheckpointStore
 
@@ -183,3 +187,93 @@ def test_the_order_of_groups_does_not_leak_into_statistics(data: DetectionDatase
     one = statistics([slice(0, 4), slice(4, 8)])
     other = statistics([slice(4, 8), slice(0, 4)])
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_snapshot_does_not_change_while_training_goes_on(data: DetectionDataset) -> None:
+    """What is written later are the weights of the step that was saved."""
+    torch.manual_seed(0)
+    asked = recipe(batch_size=4, bn_group=4)
+    trainee = Trainee(Detector(asked.network), asked, plan_batch(4, 4, 1), 0, torch.device("cpu"))
+    write = _writer(trainee, torch.zeros(7), 0, {"network": {}}, data, {})
+    before = {k: v.clone() for k, v in trainee.detector.state_dict().items()}
+    batch = collate([data[(0, image)] for image in range(4)])
+    trainee.step(0, Schedule.of(asked, 24), [batch])
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        found = load_file(Path(folder) / "model.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in found.items())
+
+
+def test_a_run_that_diverges_goes_back_and_on_at_half_the_rate(
+    data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad step: from then on it is the run that had half the rate since the checkpoint."""
+    plain = Trainee.step
+    bad = {7}
+
+    def step(self: Trainee, number: int, *arguments: Any, **more: Any) -> torch.Tensor:
+        if number in bad:
+            bad.remove(number)
+            raise DivergedError(number, float("nan"), float("nan"), 0.1)
+        return plain(self, number, *arguments, **more)
+
+    monkeypatch.setattr(Trainee, "step", step)
+    record = Record()
+    result, store = run(data, tmp_path, record, checkpoint_every=Duration(steps=5))
+    assert result.rolled_back
+    assert result.step == 12
+    assert record.values("train/rolled_back") == [(5, 1.0)]
+    rates = dict(record.values("train/lr"))
+    halved = [learning_rate_of(step) / 2 for step in range(5, 12)]
+    assert [rates[step + 1] for step in range(5, 12)] == pytest.approx(halved)
+    with store.open(12) as folder:
+        assert read_progress(folder).lr_factor == 0.5
+
+
+def learning_rate_of(step: int) -> float:
+    return learning_rate(step, recipe().optim, batch_size=8, warmup_steps=3, total_steps=12)
+
+
+def test_a_run_that_diverges_twice_ends(
+    data: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Trainee.step
+
+    def step(self: Trainee, number: int, *arguments: Any, **more: Any) -> torch.Tensor:
+        if number == 7:
+            raise DivergedError(number, float("nan"), float("nan"), 0.1)
+        return plain(self, number, *arguments, **more)
+
+    monkeypatch.setattr(Trainee, "step", step)
+    with pytest.raises(DivergedError, match="step 7"):
+        run(data, tmp_path, Record(), checkpoint_every=Duration(steps=5))
+
+
+def damage(data: DetectionDataset, names: set[str], on_damage: OnDamage) -> DetectionDataset:
+    def read(name: str) -> bytes:
+        return b"torn" if name in names else data.read(name)
+
+    return DetectionDataset(data.index, read, 64, data.augment, data.seed, on_damage)
+
+
+def test_damaged_images_are_replaced_and_counted(data: DetectionDataset, tmp_path: Path) -> None:
+    """Two of 24 images in 4 epochs of 3 steps: met 8 times at least, the same in every run."""
+    broken = damage(data, set(data.index.file_names[[3, 11]].tolist()), "replace")
+    first, second = Record(), Record()
+    result, _ = run(broken, tmp_path / "a", first)
+    run(broken, tmp_path / "b", second)
+    assert result.damaged_images >= 8
+    assert sum(v for _, v in first.values("data/damaged_images")) == result.damaged_images
+    assert first.values("train/loss") == second.values("train/loss")
+
+
+def test_damaged_images_end_a_strict_run(data: DetectionDataset, tmp_path: Path) -> None:
+    name = str(data.index.file_names[3])
+    with pytest.raises(DataError, match=name):
+        run(damage(data, {name}, "fail"), tmp_path, Record())
+
+
+def test_a_storage_that_gives_nothing_ends_the_run(data: DetectionDataset, tmp_path: Path) -> None:
+    everything = damage(data, set(data.index.file_names.tolist()), "replace")
+    with pytest.raises(DataError, match="a readable image"):
+        run(everything, tmp_path, Record())

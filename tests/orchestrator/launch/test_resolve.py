@@ -15,7 +15,8 @@ from model.network.scaling import ModelConfig
 from model.training.config import Duration
 from orchestrator.config.codec import decode, encode, merge, nest
 from orchestrator.config.schema import DataConfig, RunConfig, SplitConfig, TrainJob
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError, DataError, StorageError
+from orchestrator.launch.preflight import check_data
 from orchestrator.launch.resolve import ResolvedJob, derive, output_folder, resolve_job
 
 TINY_SHAPES = ShapesConfig(num_train=4, num_val=2, size_px=32)
@@ -307,3 +308,28 @@ def test_frozen_parts_reach_the_recipe(job: TrainJob) -> None:
     )
     with pytest.raises(ConfigError, match="backbone"):
         changed(job, model__freeze=["backbon"])
+
+
+def test_a_dataset_on_s3_is_found_like_a_folder(
+    job: TrainJob, shapes: Path, bucket: str, s3_client: Any, tmp_path: Path
+) -> None:
+    for file in shapes.rglob("*.*"):
+        s3_client.upload_file(str(file), bucket, f"set/{file.relative_to(shapes)}")
+    cache = {"data__cache__folder": str(tmp_path / "cache")}
+    found, train, val = resolve_job(changed(job, data__root=f"s3://{bucket}/set", **cache))
+    local, local_train, _ = resolve_job(job)
+    assert (len(train), len(val)) == (8, 4)
+    assert found.recipe.network == local.recipe.network
+    remote_set, _ = pickle.loads(pickle.dumps(found)).datasets()
+    local_set, _ = local.datasets()
+    for image in range(len(local_train)):
+        assert (remote_set[(3, image)].pixels == local_set[(3, image)].pixels).all()
+    assert found.key() != local.key()
+    assert check_data(found.train, train, job) == 8
+
+
+def test_a_bucket_that_is_not_there_is_named(job: TrainJob, s3: str) -> None:
+    with pytest.raises(DataError, match="s3://nobody-has-this/set"):
+        resolve_job(changed(job, data__root="s3://nobody-has-this/set"))
+    with pytest.raises(StorageError, match="a path or a URL fsspec knows"):
+        resolve_job(changed(job, data__root="s4://bucket/set"))

@@ -1,0 +1,166 @@
+"""Remote files, once on each node.
+
+    <folder>/<place>/<name>       an image, under the hash of its place
+    <folder>/whole/<hash>         an annotation file, under its address, version and size
+
+A file appears under its name only when it is whole (written beside it, then renamed), so processes
+need no lock to read it. The folder is kept below a size by dropping what was not used for longest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from orchestrator.errors import StorageError
+from orchestrator.storage.filesystems import reason
+
+RETRY_FOR_S, FIRST_PAUSE_S, LONGEST_PAUSE_S = 180.0, 0.2, 15.0
+LOOK_EVERY = 64  # files written by this process between two looks at the cache's size
+
+T = TypeVar("T")
+
+
+@dataclass
+class NodeCache:
+    """Files of remote places in a local folder of at most `limit_bytes`."""
+
+    folder: Path
+    limit_bytes: int
+    written: int = 0
+
+    def image(self, place: Path, name: str) -> bytes:
+        """Content of place/name. A name stands for one content: new images need a new place.
+
+        Raises:
+            OSError: there is no such file.
+            StorageError: the place does not answer.
+        """
+        kept = self.folder / _hash(str(place)) / name
+        with suppress(OSError):
+            data = kept.read_bytes()
+            os.utime(kept)
+            return data
+        data = fetch(place / name)
+        self._keep(kept, data)
+        return data
+
+    def whole(self, path: Path) -> bytes:
+        """Content of an annotation file as it is now; one process of the node fetches it.
+
+        Raises:
+            OSError, StorageError: as for `image`.
+        """
+        stat = retrying(path.stat, str(path))
+        version = getattr(stat, "_info", {}).get("ETag") or stat.st_mtime
+        kept = self.folder / "whole" / _hash(f"{path} {version} {stat.st_size}")
+        with self._locked(kept.with_suffix(".lock")):
+            with suppress(OSError):
+                data = kept.read_bytes()
+                if len(data) == stat.st_size:
+                    os.utime(kept)
+                    return data
+            data = fetch(path)
+            self._keep(kept, data)
+        return data
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        """A cache that cannot be written costs time, not the run."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                dir=path.parent, prefix=".part-", delete=False
+            ) as file:
+                try:
+                    file.write(data)
+                    file.close()
+                    os.replace(file.name, path)
+                except OSError:
+                    os.unlink(file.name)
+                    raise
+        except OSError:
+            self.shrink()
+            return
+        self.written += 1
+        if self.written % LOOK_EVERY == 1:
+            self.shrink()
+
+    def shrink(self) -> None:
+        """Below nine tenths of the limit if it is exceeded; not while another process does it."""
+        with suppress(OSError), self._locked(self.folder / "shrink.lock", wait=False):
+            files = [p for p in self.folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
+            stats = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in files)
+            total = sum(size for _, size, _ in stats)
+            if total <= self.limit_bytes:
+                return
+            for _, size, path in stats:
+                path.unlink(missing_ok=True)
+                total -= size
+                if total <= 0.9 * self.limit_bytes:
+                    return
+
+    @contextmanager
+    def _locked(self, path: Path, *, wait: bool = True) -> Iterator[None]:
+        """Across processes. Without `wait` BlockingIOError where somebody has the lock."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield
+
+
+@dataclass
+class CachedReader:
+    """`read(name)` for `model.data`; picklable, for loader processes."""
+
+    place: Path
+    cache: NodeCache
+
+    def __call__(self, name: str) -> bytes:
+        return self.cache.image(self.place, name)
+
+
+def fetch(path: Path) -> bytes:
+    return retrying(path.read_bytes, str(path))
+
+
+def retrying(
+    work: Callable[[], T],
+    what: str,
+    *,
+    retry_for_s: float = RETRY_FOR_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """`work()`, tried again for a while, with growing, scattered pauses.
+
+    Raises:
+        FileNotFoundError: at once, there is nothing to wait for.
+        StorageError: naming the file and the cause, when the time is up or access is denied.
+    """
+    end, pause = time.monotonic() + retry_for_s, FIRST_PAUSE_S
+    while True:
+        try:
+            return work()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each filesystem has its own exceptions
+            final = isinstance(error, PermissionError) or time.monotonic() + pause > end
+            if final:
+                raise StorageError(
+                    "data", f"to read {what}", reason(error),
+                    "check the storage, AWS_ENDPOINT_URL and the credentials",
+                ) from None  # fmt: skip
+        sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.schema import CheckpointConfig
+from orchestrator.errors import StorageError
+from orchestrator.storage.background import ATTEMPTS, BackgroundStore
+from orchestrator.storage.checkpoints import CheckpointStore
+from orchestrator.storage.filesystems import open_place
+
+Write = Callable[[Path], None]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(tmp_path: Path, said: list[str]) -> BackgroundStore:
+    place = open_place(str(tmp_path / "run"), "test")
+    plain = CheckpointStore(place, CheckpointConfig(keep_latest=10), say=said.append)
+    return BackgroundStore(plain, sleep=lambda seconds: None)
+
+
+def failing(write: Write, times: int) -> Write:
+    left = [times]
+
+    def fill(folder: Path) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError("503 slow down")
+        write(folder)
+
+    return fill
+
+
+def test_training_does_not_wait_for_the_disk(
+    store: BackgroundStore, write: Callable[..., Write]
+) -> None:
+    disk = threading.Event()
+
+    def slow(folder: Path) -> None:
+        assert disk.wait(10)
+        write(1)(folder)
+
+    store.save(1, {}, slow)  # returns although nothing is written
+    assert store.store.steps() == []
+    disk.set()
+    store.close()
+    assert store.store.steps() == [1]
+
+
+def test_steps_are_committed_in_order_and_restore_sees_the_last(
+    store: BackgroundStore, write: Callable[..., Write]
+) -> None:
+    for step in (1, 2, 3):
+        store.save(step, {}, write(step))
+    assert store.newest_valid() == 3
+    with store.open(3) as folder:
+        assert (folder / "meta.json").is_file()
+    assert store.store.steps() == [1, 2, 3]
+
+
+def test_a_failing_storage_is_tried_again(
+    store: BackgroundStore, write: Callable[..., Write], said: list[str]
+) -> None:
+    store.save(1, {}, failing(write(1), ATTEMPTS - 1))
+    store.close()
+    assert store.store.steps() == [1]
+    assert said == ["the checkpoint of step 1 is tried again: 503 slow down"]
+
+
+def test_a_lost_checkpoint_does_not_stop_training_and_a_later_one_heals(
+    store: BackgroundStore, write: Callable[..., Write], said: list[str]
+) -> None:
+    store.save(1, {}, failing(write(1), ATTEMPTS))
+    store.save(2, {}, write(2))
+    store.close()
+    assert store.failures == 1
+    assert store.store.steps() == [2]
+    assert "the checkpoint of step 1 was given up: 503 slow down" in said
+
+
+def test_a_run_whose_last_checkpoint_was_lost_is_no_success(
+    store: BackgroundStore, write: Callable[..., Write]
+) -> None:
+    store.save(1, {}, write(1))
+    store.save(2, {}, failing(write(2), ATTEMPTS))
+    with pytest.raises(StorageError, match=r"checkpoint of step 2.*503 slow down"):
+        store.close()
+    assert store.store.steps() == [1]
