@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from orchestrator.config.cli import Options
 from orchestrator.config.schema import TrainJob
-from orchestrator.errors import ClusterError, ConfigError, DivergedError, UserError
+from orchestrator.errors import ConfigError, DivergedError, UserError
 from orchestrator.launch import local, preflight
+from orchestrator.launch.launchers import ROOT, Launcher, LocalLauncher, RayLauncher, check_launcher
 from orchestrator.launch.progress import Progress, duration, print_table
 from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
 from orchestrator.launch.worker import Assignment, open_store
@@ -26,8 +25,6 @@ from orchestrator.records.provenance import provenance
 from orchestrator.records.tracker import CHECKPOINTS, TrackedRun, Tracker, without_secret
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import check_writable, open_place
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -44,17 +41,17 @@ def run_train_job(job: TrainJob, options: Options, out: TextIO | None = None) ->
     Raises:
         UserError: found before anything expensive started, or in the data meanwhile.
     """
-    _check_launcher(job)
+    check_launcher(job)
     if job.launch.launcher == "local":
         use_gpu = job.launch.gpus_per_worker != 0
         if local.rank() > 0:
             return Outcome(local.follow(use_gpu=use_gpu), {})
         with local.Leader(use_gpu=use_gpu) as leader:
-            return _lead(job, options, out or sys.stdout, _LocalLauncher(leader))
-    return _lead(job, options, out or sys.stdout, _RayLauncher())
+            return _lead(job, options, out or sys.stdout, LocalLauncher(leader))
+    return _lead(job, options, out or sys.stdout, RayLauncher())
 
 
-def _lead(job: TrainJob, options: Options, out: TextIO, launcher: _Launcher) -> Outcome:
+def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> Outcome:
     """The whole job, in the one process that decides."""
     began = time.monotonic()
     resolved, train_index, val_index = resolve_job(job)
@@ -106,7 +103,7 @@ def _run_tracked(
     resolved: ResolvedJob,
     derived: Derived,
     hardware: preflight.Hardware,
-    launcher: _Launcher,
+    launcher: Launcher,
     tracker: Tracker,
     run: TrackedRun,
     began: float,
@@ -232,107 +229,6 @@ def _print_summary(
     print_table(resolved.name, rows, out)
 
 
-class _Launcher:
-    """Ray or this process. cpus, gpus, nodes: what there is to train on."""
-
-    cpus: float
-    gpus: float
-    nodes: int
-
-    def __enter__(self) -> _Launcher:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    def describe(self, hardware: preflight.Hardware) -> str:
-        raise NotImplementedError
-
-    def run(
-        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
-    ) -> dict[str, Any]:
-        raise NotImplementedError
-
-
-class _LocalLauncher(_Launcher):
-    """Plain python or torchrun: for debugging, and the reference that Ray's numbers are held to."""
-
-    def __init__(self, leader: local.Leader) -> None:
-        self.leader = leader
-        self.cpus = float(len(os.sched_getaffinity(0)))
-        self.gpus, self.nodes = float(torch.cuda.device_count()), 1
-
-    def describe(self, hardware: preflight.Hardware) -> str:
-        return f"this process, {hardware.device_kind}"
-
-    def run(
-        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
-    ) -> dict[str, Any]:
-        use_gpu = hardware.gpus_per_worker > 0
-        return self.leader.lead(local.Order(assignment, use_gpu), progress)
-
-
-class _RayLauncher(_Launcher):
-    """A TorchTrainer on the cluster of RAY_ADDRESS, or on one started here."""
-
-    def __enter__(self) -> _Launcher:
-        from orchestrator.launch import ray_runtime
-
-        self.cluster = ray_runtime.connect(ROOT)
-        self.cpus, self.gpus, self.nodes = (
-            self.cluster.cpus,
-            self.cluster.gpus,
-            self.cluster.nodes,
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        import ray
-
-        ray.shutdown()
-
-    def describe(self, hardware: preflight.Hardware) -> str:
-        where = "a Ray started here" if self.cluster.embedded else f"Ray at {self.cluster.address}"
-        there = f"{self.nodes} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
-        return f"{where}: {there}; training on {hardware.device_kind}"
-
-    def run(
-        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
-    ) -> dict[str, Any]:
-        from orchestrator.launch import ray_runtime, supervisor
-
-        with ray_runtime.mailbox(progress) as board:
-            return supervisor.run_trainer(
-                {"assignment": assignment, "board": board},
-                assignment.resolved.job.launch,
-                gpus_per_worker=hardware.gpus_per_worker,
-                cpus_per_worker=hardware.cpus_per_worker,
-                name=assignment.run.run_id,
-                storage_path=_ray_storage(assignment, self.nodes),
-                say=progress.say,
-            )
-
-
-def _ray_storage(assignment: Assignment, nodes: int) -> str:
-    """Ray Train's own notes on a run; checkpoints are not among them.
-
-    Raises:
-        ClusterError: several nodes but only a local folder.
-    """
-    place = open_place(assignment.checkpoints_uri, "checkpoint.uri")
-    if place.local is None:
-        return place.uri.rsplit("/", 1)[0] + "/ray"
-    if nodes > 1 and assignment.resolved.job.launch.workers > 1:
-        shared = assignment.resolved.job.checkpoint.uri is not None
-        if not shared:
-            raise ClusterError(
-                "checkpoint.uri", f"a place that all {nodes} nodes can reach",
-                f"the local folder {place.path}",
-                "give s3://… or a shared folder: --set checkpoint.uri=URI",
-            )  # fmt: skip
-    return str(assignment.resolved.output / "ray")
-
-
 def _checkpoints_uri(resolved: ResolvedJob, run: TrackedRun) -> str:
     """Beside the run's artifacts where this process can write there, so that MLflow shows them."""
     if resolved.job.checkpoint.uri is not None:
@@ -349,17 +245,6 @@ def _with_loader_workers(resolved: ResolvedJob, hardware: preflight.Hardware) ->
     cores = int(hardware.cpus_per_worker) if hardware.cpus_per_worker > 1 else 8
     workers = min(8, cores) if hardware.device_kind == "GPU" else 0
     return replace(resolved, recipe=replace(resolved.recipe, loader_workers=workers))
-
-
-def _check_launcher(job: TrainJob) -> None:
-    torchrun = int(os.environ.get("WORLD_SIZE", "1"))
-    if job.launch.launcher == "ray" and torchrun > 1:
-        raise ConfigError("launch.launcher", "local under torchrun", "ray", "add --launcher local")
-    if job.launch.launcher == "local" and job.launch.workers != torchrun:
-        raise ConfigError(
-            "launch.workers", f"{torchrun}, the processes there are", str(job.launch.workers),
-            f"start them with torchrun --nproc-per-node {job.launch.workers}, or let Ray do it",
-        )  # fmt: skip
 
 
 @contextmanager

@@ -1,0 +1,130 @@
+"""Who runs a training: Ray, or this process with those that torchrun started beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.config.schema import TrainJob
+from orchestrator.errors import ClusterError, ConfigError
+from orchestrator.launch import local, preflight
+from orchestrator.launch.progress import Progress
+from orchestrator.launch.worker import Assignment
+from orchestrator.storage.filesystems import open_place
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Launcher:
+    """Ray or this process. cpus, gpus, nodes: what there is to train on."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def describe(self, hardware: preflight.Hardware) -> str:
+        raise NotImplementedError
+
+    def run(
+        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class LocalLauncher(Launcher):
+    """Plain python or torchrun: for debugging, and the reference that Ray's numbers are held to."""
+
+    def __init__(self, leader: local.Leader) -> None:
+        self.leader = leader
+        self.cpus = float(len(os.sched_getaffinity(0)))
+        self.gpus, self.nodes = float(torch.cuda.device_count()), 1
+
+    def describe(self, hardware: preflight.Hardware) -> str:
+        return f"this process, {hardware.device_kind}"
+
+    def run(
+        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+    ) -> dict[str, Any]:
+        use_gpu = hardware.gpus_per_worker > 0
+        return self.leader.lead(local.Order(assignment, use_gpu), progress)
+
+
+class RayLauncher(Launcher):
+    """A TorchTrainer on the cluster of RAY_ADDRESS, or on one started here."""
+
+    def __enter__(self) -> Launcher:
+        from orchestrator.launch import ray_runtime
+
+        self.cluster = ray_runtime.connect(ROOT)
+        self.cpus, self.gpus, self.nodes = (
+            self.cluster.cpus,
+            self.cluster.gpus,
+            self.cluster.nodes,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def describe(self, hardware: preflight.Hardware) -> str:
+        where = "a Ray started here" if self.cluster.embedded else f"Ray at {self.cluster.address}"
+        there = f"{self.nodes} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+        return f"{where}: {there}; training on {hardware.device_kind}"
+
+    def run(
+        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+    ) -> dict[str, Any]:
+        from orchestrator.launch import ray_runtime, supervisor
+
+        with ray_runtime.mailbox(progress) as board:
+            return supervisor.run_trainer(
+                {"assignment": assignment, "board": board},
+                assignment.resolved.job.launch,
+                gpus_per_worker=hardware.gpus_per_worker,
+                cpus_per_worker=hardware.cpus_per_worker,
+                name=assignment.run.run_id,
+                storage_path=_ray_storage(assignment, self.nodes),
+                say=progress.say,
+            )
+
+
+def _ray_storage(assignment: Assignment, nodes: int) -> str:
+    """Ray Train's own notes on a run; checkpoints are not among them.
+
+    Raises:
+        ClusterError: several nodes but only a local folder.
+    """
+    place = open_place(assignment.checkpoints_uri, "checkpoint.uri")
+    if place.local is None:
+        return place.uri.rsplit("/", 1)[0] + "/ray"
+    if nodes > 1 and assignment.resolved.job.launch.workers > 1:
+        shared = assignment.resolved.job.checkpoint.uri is not None
+        if not shared:
+            raise ClusterError(
+                "checkpoint.uri", f"a place that all {nodes} nodes can reach",
+                f"the local folder {place.path}",
+                "give s3://… or a shared folder: --set checkpoint.uri=URI",
+            )  # fmt: skip
+    return str(assignment.resolved.output / "ray")
+
+
+def check_launcher(job: TrainJob) -> None:
+    torchrun = int(os.environ.get("WORLD_SIZE", "1"))
+    if job.launch.launcher == "ray" and torchrun > 1:
+        raise ConfigError("launch.launcher", "local under torchrun", "ray", "add --launcher local")
+    if job.launch.launcher == "local" and job.launch.workers != torchrun:
+        raise ConfigError(
+            "launch.workers", f"{torchrun}, the processes there are", str(job.launch.workers),
+            f"start them with torchrun --nproc-per-node {job.launch.workers}, or let Ray do it",
+        )  # fmt: skip
