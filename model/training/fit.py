@@ -191,7 +191,7 @@ def fit(
             values["perf/memory_gib"] = peak_memory_bytes(device) / 2**30
             if rank == 0:
                 runtime.log(step, values)
-            stopped = runtime.stop_reason()
+        stopped = runtime.stop_reason()
 
         if step % schedule.evaluate_every == 0 or last:
             metrics = _evaluate(trainee, recipe, val, runtime)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +91,8 @@ class RayLauncher(Launcher):
     ) -> dict[str, Any]:
         from orchestrator.launch import ray_runtime, supervisor
 
-        with ray_runtime.mailbox(progress) as board:
+        stop = threading.Event()
+        with _sigterm_sets(stop, progress), ray_runtime.mailbox(progress, stop) as board:
             return supervisor.run_trainer(
                 {"assignment": assignment, "board": board},
                 assignment.resolved.job.launch,
@@ -97,6 +102,23 @@ class RayLauncher(Launcher):
                 storage_path=_ray_storage(assignment, self.nodes),
                 say=progress.say,
             )
+
+
+@contextmanager
+def _sigterm_sets(stop: threading.Event, progress: Progress) -> Iterator[None]:
+    """The first SIGTERM asks the workers to save and stop; the second ends the driver at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        progress.say("asked to stop: saving a checkpoint first")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ray_storage(assignment: Assignment, nodes: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,10 +36,12 @@ from orchestrator.storage.filesystems import reason
 
 EXCLUDES = [".git", ".venv", "runs", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 POLL_S = 0.25
+LOOK_EVERY_S = 0.5
+STOP_REASONS = (None, "stopped", "preempted")
 
 
 class RayRuntime(ProcessGroupRuntime):
-    """One worker of a TorchTrainer."""
+    """One worker of a TorchTrainer. asked_to_stop: tells rank 0 what the driver was told."""
 
     def __init__(
         self,
@@ -46,7 +49,10 @@ class RayRuntime(ProcessGroupRuntime):
         store: CheckpointStore | None,
         sink: Callable[[int, Mapping[str, float]], None],
         threads: int | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.asked_to_stop = asked_to_stop
+        self._looked_at, self._reason = 0.0, 0
         context = ray.train.get_context()
         set_threads(context.get_local_world_size(), threads)
         super().__init__(
@@ -58,9 +64,30 @@ class RayRuntime(ProcessGroupRuntime):
         )
 
     def stop_reason(self) -> str | None:
-        """A node that is about to be taken away."""
-        preempted = ray.train.get_preemption_info() is not None
-        return "preempted" if agree(int(preempted), self.device) else None
+        """The driver got SIGTERM, or a node is about to be taken away."""
+        if time.monotonic() - self._looked_at > LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            self._reason = 1 if self.asked_to_stop() else 0
+            if ray.train.get_preemption_info() is not None:
+                self._reason = 2
+        return STOP_REASONS[agree(self._reason, self.device)]
+
+
+class StopRequests:
+    """Whether the mailbox was asked to stop; the question is sent ahead, so asking never blocks."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.pending, self.asked = actor, actor.stopping.remote(), False
+
+    def __call__(self) -> bool:
+        ready, _ = ray.wait([self.pending], timeout=0)
+        if ready and not self.asked:
+            try:
+                self.asked = bool(ray.get(self.pending))
+                self.pending = self.actor.stopping.remote()
+            except ray.exceptions.RayError:
+                return False  # the driver is gone, and the job with it
+        return self.asked
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +101,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         store=store,
         sink=recorder or (lambda step, metrics: None),
         threads=assignment.resolved.job.launch.threads_per_worker,
+        asked_to_stop=StopRequests(config["board"]) if rank == 0 else lambda: False,
     )
     try:
         return train(assignment, runtime, store, board)
@@ -100,6 +128,7 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
+        self.stop = False
 
     def put(self, event: tuple[Any, ...]) -> None:
         self.events.append(event)
@@ -108,17 +137,27 @@ class _Mailbox:
         events, self.events = self.events, []
         return events
 
+    def ask_to_stop(self) -> None:
+        self.stop = True
+
+    def stopping(self) -> bool:
+        return self.stop
+
 
 @contextmanager
-def mailbox(board: Board) -> Iterator[Any]:
-    """An actor handle for workers; a thread here shows what arrives on `board`."""
+def mailbox(board: Board, stop: threading.Event) -> Iterator[Any]:
+    """An actor handle for workers; a thread here shows what arrives on `board`, passes `stop` on."""
     actor: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
     done = threading.Event()
 
     def show() -> None:
+        told = False
         while True:
             last = done.wait(POLL_S)
             try:
+                if stop.is_set() and not told:
+                    told = True
+                    actor.ask_to_stop.remote()
                 events = ray.get(actor.take.remote(), timeout=30)
             except ray.exceptions.RayError:
                 return  # the cluster is going; the run's own error says why

@@ -1,4 +1,4 @@
-"""kill -9 of a worker, and of the driver followed by the same command: nothing is lost or doubled."""
+"""Workers and drivers killed or told to stop, then the same command: nothing is lost or doubled."""
 
 from __future__ import annotations
 
@@ -110,6 +110,24 @@ def test_driver_killed_and_same_command(undisturbed: Done, tmp_path: Path) -> No
     for pid in left_over:  # what Ray itself leaves behind when its driver is killed
         if Path(f"/proc/{pid}").exists():
             os.kill(pid, signal.SIGKILL)
+
+
+def test_driver_told_to_stop(undisturbed: Done, tmp_path: Path) -> None:
+    """SIGTERM: a checkpoint of the step that was under way, and nothing is computed twice."""
+    job = Job(tmp_path / "out")
+    job.wait_for(lambda: job.checkpoints() and job.workers())
+    began = time.monotonic()
+    os.kill(job.process.pid, signal.SIGTERM)
+    stopped = job.finish()
+    assert time.monotonic() - began < 20, "longer than a grace period"
+    assert stopped.code == 130, stopped.out
+    report = stopped.report
+    assert report["status"] == "stopped: stopped"
+    assert 5 <= report["step"] < STEPS
+    assert report["checkpoint"].endswith(f"step_{report['step']:08d}")
+    done = Job(tmp_path / "out").finish()
+    assert f"from step {report['step']}" in done.out
+    assert_same(done, undisturbed)
 
 
 def _training(pid: int) -> bool:
