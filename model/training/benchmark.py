@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.data.dataset import Batch, DetectionDataset, collate
 from model.data.loader import training_loader
 from model.data.sampler import StepSampler, plan_batch
-from model.detection.loss import detection_loss
+from model.detection.loss import LossConfig, detection_loss
 from model.detection.matching import Targets
 from model.detection.postprocess import postprocess
 from model.network.detector import Detector
@@ -207,15 +207,9 @@ def step_traffic(spec: NetworkSpec, *, half_precision: bool) -> int:
             class_logits, box_codes = detector(images)
             labels = torch.empty(class_logits.shape[:2], dtype=torch.int64)
             targets = Targets(labels, torch.empty_like(box_codes))
-            loss = detection_loss(class_logits, box_codes, targets, torch.empty(()), _loss_config())
+            loss = detection_loss(class_logits, box_codes, targets, torch.empty(()), LossConfig())
             loss.total.backward()
     return int(traffic.bytes) // (4 if half_precision else 2)
-
-
-def _loss_config() -> Any:
-    from model.detection.loss import LossConfig
-
-    return LossConfig()
 
 
 def _evaluation(
