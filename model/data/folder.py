@@ -6,6 +6,7 @@ Usual layouts: `annotations/*train*.json` and `*val*.json` (or the same at the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,16 @@ class FolderReader:
         return (self.folder / name).read_bytes()
 
 
-def find_split(folder: Path, split: str) -> SplitPaths | None:
+def read_file(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def find_split(
+    folder: Path, split: str, read: Callable[[Path], bytes] = read_file
+) -> SplitPaths | None:
     """Annotations and images of `split` ("train" or "val"), or None if there are no annotations.
+
+    read: gives an annotation file's content, where it is not to be fetched anew.
 
     Raises:
         DataError: no such folder; annotations without their images; several candidates.
@@ -56,11 +65,17 @@ def find_split(folder: Path, split: str) -> SplitPaths | None:
                     f"choose one: --set data.{split}.annotations=PATH",
                 )
             if found:
-                return SplitPaths(found[0], find_images(folder, found[0], name, split))
+                return SplitPaths(found[0], find_images(folder, found[0], name, split, read))
     return None
 
 
-def find_images(folder: Path, annotations: Path, name: str, split: str) -> Path:
+def find_images(
+    folder: Path,
+    annotations: Path,
+    name: str,
+    split: str,
+    read: Callable[[Path], bytes] = read_file,
+) -> Path:
     """The folder that holds the images of an annotation file: the first that has the first image."""
     stem = annotations.stem.removeprefix("instances_")
     places = [
@@ -74,7 +89,7 @@ def find_images(folder: Path, annotations: Path, name: str, split: str) -> Path:
         folder,
         annotations.parent,
     ]
-    wanted = _first_file_name(annotations)
+    wanted = _first_file_name(read(annotations))
     for place in places:
         if place.is_dir() and (wanted is None or (place / wanted).is_file()):
             return place
@@ -86,12 +101,12 @@ def find_images(folder: Path, annotations: Path, name: str, split: str) -> Path:
     )
 
 
-def _first_file_name(annotations: Path) -> str | None:
+def _first_file_name(annotations: bytes) -> str | None:
     """`file_name` of the first image, without judging the rest of the file."""
     import json
 
     try:
-        images = json.loads(annotations.read_bytes()).get("images") or []
+        images = json.loads(annotations).get("images") or []
         return str(images[0]["file_name"]) if images else None
     except (ValueError, AttributeError, KeyError, TypeError, IndexError):
         return None  # the parser that follows says what is wrong

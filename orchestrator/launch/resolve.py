@@ -45,23 +45,14 @@ class Split:
     cache: CacheConfig
 
     def reader(self) -> Reader:
-        return (
-            CachedReader(self.images, self._cache())
-            if is_remote(self.images)
-            else FolderReader(self.images)
-        )
-
-    def _cache(self) -> NodeCache:
-        folder = Path(self.cache.folder or "~/.cache/efficientdet").expanduser()
-        return NodeCache(folder, int(self.cache.limit_gib * 2**30))
+        if is_remote(self.images):
+            return CachedReader(self.images, node_cache(self.cache))
+        return FolderReader(self.images)
 
     def index(self, classes: tuple[str, ...] | None) -> CocoIndex:
         """Raises DataError: see `model.data.index.parse_coco`."""
         try:
-            remote = is_remote(self.annotations)
-            text = (
-                self._cache().whole(self.annotations) if remote else self.annotations.read_bytes()
-            )
+            text = read_annotations(self.annotations, self.cache)
         except OSError as error:
             raise DataError(
                 "data", "an annotation file", f"{self.annotations} ({error.strerror})",
@@ -69,6 +60,16 @@ class Split:
             ) from None  # fmt: skip
         index = parse_coco(text, self.annotations.name, classes)
         return index.first(self.first) if self.first else index
+
+
+def node_cache(config: CacheConfig) -> NodeCache:
+    folder = Path(config.folder or "~/.cache/efficientdet").expanduser()
+    return NodeCache(folder, int(config.limit_gib * 2**30))
+
+
+def read_annotations(path: Path, cache: CacheConfig) -> bytes:
+    """Raises OSError, StorageError."""
+    return node_cache(cache).whole(path) if is_remote(path) else path.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -290,13 +291,16 @@ def _split(config: SplitConfig, root: Path, name: str, cache: CacheConfig) -> Sp
 
 
 def _find(config: SplitConfig, root: Path, name: str, cache: CacheConfig) -> Split | None:
+    def read(path: Path) -> bytes:
+        return read_annotations(path, cache)
+
     if config.annotations is None:
         if config.images is not None:
             raise ConfigError(
                 f"data.{name}.annotations", f"a path beside data.{name}.images", "nothing",
                 f"--set data.{name}.annotations=PATH",
             )  # fmt: skip
-        found = find_split(root.absolute(), name)
+        found = find_split(root.absolute(), name, read)
         if found is None:
             return None
     else:
@@ -307,7 +311,7 @@ def _find(config: SplitConfig, root: Path, name: str, cache: CacheConfig) -> Spl
             )
         if config.images is None:
             found = SplitPaths(
-                annotations, find_images(annotations.parent.parent, annotations, name, name)
+                annotations, find_images(annotations.parent.parent, annotations, name, name, read)
             )
         else:
             images = open_path(config.images, f"data.{name}.images").absolute()
