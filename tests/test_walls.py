@@ -116,6 +116,7 @@ def test_walls_stand(
     assert bool(violations(Path(place))) == refused
 
 
+@pytest.mark.integration
 def test_model_loads_nothing_of_the_cluster() -> None:
     modules = [".".join(path.with_suffix("").parts) for path in SOURCES if path.parts[0] == "model"]
     code = (

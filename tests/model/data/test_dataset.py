@@ -193,6 +193,7 @@ def test_real_images() -> None:
             assert sample.pixels[:height, :width].std() > 5
 
 
+@pytest.mark.integration
 def test_an_error_in_a_loader_process_stays_one_line(tmp_path: Path) -> None:
     """Torch hands it over as the text of a traceback."""
     dataset, _ = torn_dataset(tmp_path)

@@ -233,6 +233,7 @@ def test_real_images_annotations() -> None:
         assert category == by_id[number]["category_id"]
 
 
+@pytest.mark.integration
 def test_loader_processes_share_the_arrays() -> None:
     small = parse(document())
     loader = torch.utils.data.DataLoader(

@@ -310,6 +310,7 @@ def test_frozen_parts_reach_the_recipe(job: TrainJob) -> None:
         changed(job, model__freeze=["backbon"])
 
 
+@pytest.mark.integration
 def test_a_dataset_on_s3_is_found_like_a_folder(
     job: TrainJob, shapes: Path, bucket: str, s3_client: Any, tmp_path: Path
 ) -> None:
@@ -328,6 +329,7 @@ def test_a_dataset_on_s3_is_found_like_a_folder(
     assert check_data(found.train, train, job) == 8
 
 
+@pytest.mark.integration
 def test_a_bucket_that_is_not_there_is_named(job: TrainJob, s3: str) -> None:
     with pytest.raises(DataError, match="s3://nobody-has-this/set"):
         resolve_job(changed(job, data__root="s3://nobody-has-this/set"))

@@ -11,6 +11,8 @@ from orchestrator.errors import StorageError
 from orchestrator.storage.cache import CachedReader, NodeCache, retrying
 from orchestrator.storage.filesystems import open_path
 
+pytestmark = pytest.mark.integration  # an S3 server
+
 
 @pytest.fixture
 def cache(tmp_path: Path) -> NodeCache:

@@ -62,7 +62,7 @@ class Shelf:
         return sorted(str(entry).rsplit("/", 1)[-1] for entry in found)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.integration)])
 def shelf(request: pytest.FixtureRequest, tmp_path: Path) -> Shelf:
     if request.param == "local":
         return Shelf(str(tmp_path / "checkpoints"))

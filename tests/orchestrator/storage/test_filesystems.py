@@ -73,6 +73,7 @@ def test_missing_bucket_is_named(s3: str) -> None:
     assert s3 in message
 
 
+@pytest.mark.integration
 def test_unreachable_endpoint_is_named_soon(
     s3: str, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

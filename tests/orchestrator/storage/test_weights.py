@@ -11,6 +11,8 @@ from orchestrator.storage.weights import open_initial
 
 Write = Callable[..., Callable[[Path], None]]
 
+pytestmark = pytest.mark.integration  # an S3 server
+
 
 def test_a_local_path_is_used_as_it_is(tmp_path: Path) -> None:
     with open_initial(str(tmp_path)) as path:
