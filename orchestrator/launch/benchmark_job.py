@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
 import torch
@@ -16,8 +17,9 @@ from model.training.weak_scaling import Link, Measured, Traffic, measure_two_wor
 from orchestrator.config.cli import BenchmarkOptions
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError
+from orchestrator.launch import preflight
 from orchestrator.launch.progress import print_table
-from orchestrator.launch.resolve import ResolvedJob, resolve_job
+from orchestrator.launch.resolve import ResolvedJob, derive, resolve_job
 
 GIB = 2**30
 
@@ -42,15 +44,22 @@ def run_benchmark_job(
         raise ConfigError("--model-scale", "at least 1 worker", str(options.model_scale))
     out = out or sys.stdout
     device = torch.device("cpu") if job.launch.gpus_per_worker == 0 else local_device(0)
-    resolved, train_index, _ = resolve_job(job)
+    # One worker and one group a step, which are decided about like any other job's.
+    job = replace(
+        job,
+        train=replace(job.train, bn_group=job.train.batch_size),
+        launch=replace(job.launch, workers=1),
+    )
+    resolved, train_index, val_index = resolve_job(job)
+    derived = derive(resolved, len(train_index), len(val_index))
+    hardware = preflight.choose_hardware(
+        job, cpus=len(os.sched_getaffinity(0)), gpus=torch.cuda.device_count(), local=True
+    )
+    resolved, memory = preflight.check_memory(resolved, derived, hardware, 1)
+    resolved = preflight.with_loader_workers(resolved, hardware)
     train, _ = resolved.datasets()
-    if len(train_index) < job.train.batch_size:
-        raise ConfigError(
-            "train.batch_size", f"at most the {len(train_index)} training images",
-            str(job.train.batch_size), "lower it",
-        )  # fmt: skip
     report = measure(resolved.recipe, train, device, options.rounds)
-    described = describe(resolved, report, device)
+    described = [*describe(resolved, report, device), ("memory estimate", memory)]
     print_table(f"one worker, {device.type}, medians of {options.rounds}", described, out)
     found = asdict(report) | {"img_per_s": report.img_per_s}
     if options.model_scale is not None:

@@ -155,6 +155,15 @@ def check_memory(
     return resolved, f"{text}, {available / GIB:.1f} GiB there ({hardware.device_kind})"
 
 
+def with_loader_workers(resolved: ResolvedJob, hardware: Hardware) -> ResolvedJob:
+    """Decoding processes beside a GPU; on a CPU they would only take cores from training."""
+    if resolved.job.data.loader_workers is not None:
+        return resolved
+    cores = int(hardware.cpus_per_worker) if hardware.cpus_per_worker > 1 else 8
+    workers = min(8, cores) if hardware.device_kind == "GPU" else 0
+    return replace(resolved, recipe=replace(resolved.recipe, loader_workers=workers))
+
+
 def anchor_recall(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) -> float:
     """Share of training boxes, as the network sees them unaugmented, that an anchor covers at 0.5."""
     from model.detection.boxes import pairwise_iou

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -82,7 +82,7 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
         per_node = -(-job.launch.workers // launcher.nodes)
         resolved, memory = preflight.check_memory(resolved, derived, hardware, per_node)
         rows.append(("memory", memory))
-        resolved = _with_loader_workers(resolved, hardware)
+        resolved = preflight.with_loader_workers(resolved, hardware)
         continues = options.resume != "never" and tracker.find_unfinished(resolved.key())
         if resolved.recipe.pretrained and not continues:
             preflight.fetch_backbone(resolved)
@@ -236,15 +236,6 @@ def _checkpoints_uri(resolved: ResolvedJob, run: TrackedRun) -> str:
     if run.artifact_uri.startswith("mlflow-artifacts:"):  # behind the server's proxy
         return str(resolved.output / "checkpoints" / run.run_id)
     return f"{run.artifact_uri.rstrip('/')}/checkpoints"
-
-
-def _with_loader_workers(resolved: ResolvedJob, hardware: preflight.Hardware) -> ResolvedJob:
-    """Decoding processes beside a GPU; on a CPU they would only take cores from training."""
-    if resolved.job.data.loader_workers is not None:
-        return resolved
-    cores = int(hardware.cpus_per_worker) if hardware.cpus_per_worker > 1 else 8
-    workers = min(8, cores) if hardware.device_kind == "GPU" else 0
-    return replace(resolved, recipe=replace(resolved.recipe, loader_workers=workers))
 
 
 @contextmanager

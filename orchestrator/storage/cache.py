@@ -1,6 +1,6 @@
 """Remote files, once on each node.
 
-    <folder>/<place>/<name>       an image, under the hash of its place
+    <folder>/<hash>/<hash>        an image, under its place and its name: a name may hold ".."
     <folder>/whole/<hash>         an annotation file, under its address, version and size
 
 A file appears under its name only when it is whole (written beside it, then renamed), so processes
@@ -45,7 +45,7 @@ class NodeCache:
             OSError: there is no such file.
             StorageError: the place does not answer.
         """
-        kept = self.folder / _hash(str(place)) / name
+        kept = self.folder / _hash(str(place)) / _hash(name)
         with suppress(OSError):
             data = kept.read_bytes()
             os.utime(kept)
@@ -88,9 +88,8 @@ class NodeCache:
                     os.unlink(file.name)
                     raise
         except OSError:
-            self.shrink()
-            return
-        self.written += 1
+            pass
+        self.written += 1  # or tried: a full disk must not cost a look at every file
         if self.written % LOOK_EVERY == 1:
             self.shrink()
 

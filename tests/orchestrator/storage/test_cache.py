@@ -117,3 +117,12 @@ def test_denied_access_is_said_at_once() -> None:
 
     with pytest.raises(StorageError, match="AccessDenied"):
         retrying(work, "s3://b/k", sleep=lambda seconds: pytest.fail("no use in waiting"))
+
+
+def test_a_name_cannot_leave_the_cache(bucket: str, s3_client: Any, cache: NodeCache) -> None:
+    """An annotation file is somebody else's: its file names must not choose where we write."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.storage.cache.fetch", lambda path: b"content")
+        reader = CachedReader(open_path(f"s3://{bucket}/set", "test"), cache)
+        assert reader("../../../outside.jpg") == b"content"
+    assert not list(cache.folder.parent.rglob("outside.jpg"))
