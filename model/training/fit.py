@@ -151,6 +151,7 @@ def fit(
     trained_s = 0.0
 
     def save(done: int, scored: Mapping[str, float]) -> None:
+        runtime.arrive(done - 1, "save")
         log_sums = meter.reduced()
         write = None
         if rank == 0:
@@ -160,15 +161,18 @@ def fit(
     step = start
     while step < schedule.total and stopped is None:
         began = time.perf_counter()
+        runtime.arrive(step, "data")
         shards = [next(batches) for _ in trainee.shards]
         waited = time.perf_counter() - began
         damaged = sum(int(shard.damaged.sum()) for shard in shards)
+        runtime.arrive(step, "step")
         try:
             row = trainee.step(step, schedule, [shard.to(device) for shard in shards])
         except DivergedError:
             # Raised on all ranks; none has changed its weights.
             if trainee.lr_factor < 1.0:
                 raise
+            runtime.arrive(step, "save")
             with runtime.restore() as folder:
                 if folder is None:
                     raise
@@ -191,15 +195,17 @@ def fit(
             values["perf/memory_gib"] = peak_memory_bytes(device) / 2**30
             if rank == 0:
                 runtime.log(step, values)
-        stopped = runtime.stop_reason()
+        decision = runtime.decide()
+        stopped = decision.stop
 
         if step % schedule.evaluate_every == 0 or last:
+            runtime.arrive(step - 1, "evaluate")
             metrics = _evaluate(trainee, recipe, val, runtime)
             if rank == 0:
                 runtime.log(step, metrics)
             save(step, metrics)
             saved = step
-        elif step % schedule.checkpoint_every == 0:
+        elif step % schedule.checkpoint_every == 0 or decision.save:
             save(step, {})
             saved = step
 

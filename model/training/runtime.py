@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+
+from model.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step. stop: why to end, if to end; save: a checkpoint is due."""
+
+    stop: str | None = None
+    save: bool = False
 
 
 class Runtime(Protocol):
@@ -26,6 +38,10 @@ class Runtime(Protocol):
 
     def restore(self) -> AbstractContextManager[Path | None]:
         """The newest committed checkpoint as a local folder, None for a fresh start. Collective."""
+        ...
+
+    def arrive(self, step: int, phase: str) -> None:
+        """This rank begins a phase (`watchdog.PHASES`) of step `step`; costs nothing."""
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -40,8 +56,8 @@ class Runtime(Protocol):
         """
         ...
 
-    def stop_reason(self) -> str | None:
-        """Why all ranks should stop after this step, or None. Collective, the same on all ranks."""
+    def decide(self) -> Decision:
+        """After each step. Collective: the same on all ranks."""
         ...
 
 
@@ -61,6 +77,7 @@ class ProcessGroupRuntime:
     """What both runtimes share: ranks of one torch process group, one store, one sink of metrics.
 
     store: None keeps no checkpoints. sink: called on rank 0 with (step, metrics).
+    save_every_s: the most that may be lost: a checkpoint is due when the last one is that old.
     """
 
     def __init__(
@@ -71,9 +88,15 @@ class ProcessGroupRuntime:
         device: torch.device,
         store: CheckpointStore | None,
         sink: Callable[[int, Mapping[str, float]], None],
+        save_every_s: float | None = None,
+        watchdog: Watchdog | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.watchdog = watchdog
         self.rank, self.world_size, self.device = rank, world_size, device
         self.store, self.sink = store, sink
+        self.save_every_s, self.clock = save_every_s, clock
+        self._saved_at = clock()
 
     @contextmanager
     def restore(self) -> Iterator[Path | None]:
@@ -86,17 +109,36 @@ class ProcessGroupRuntime:
         with self.store.open(chosen) as folder:
             yield folder
 
+    def arrive(self, step: int, phase: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.arrive(step, phase)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.sink(step, metrics)
 
     def save(
         self, step: int, metrics: Mapping[str, float], write: Callable[[Path], None] | None
     ) -> None:
+        self._saved_at = self.clock()
         if self.store is not None and write is not None:
             self.store.save(step, metrics, write)
 
-    def stop_reason(self) -> str | None:
-        return None
+    def decide(self) -> Decision:
+        stop, save = agree([self.stop_code(), self.save_due()], self.device)
+        return Decision(self.stop_reason(stop), bool(save))
+
+    def stop_code(self) -> int:
+        """What this rank was told; the largest of all ranks' codes counts, 0 goes on."""
+        return 0
+
+    def stop_reason(self, code: int) -> str | None:
+        return str(code) if code else None
+
+    def save_due(self) -> int:
+        """Clocks differ: rank 0's counts."""
+        if self.rank != 0 or self.save_every_s is None or self.store is None:
+            return 0
+        return int(self.clock() - self._saved_at >= self.save_every_s)
 
 
 class LocalRuntime(ProcessGroupRuntime):
@@ -109,6 +151,8 @@ class LocalRuntime(ProcessGroupRuntime):
         sink: Callable[[int, Mapping[str, float]], None],
         device: torch.device | None = None,
         threads: int | None = None,
+        save_every_s: float | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), threads)
@@ -118,14 +162,18 @@ class LocalRuntime(ProcessGroupRuntime):
             device=device or local_device(local_rank),
             store=store,
             sink=sink,
+            save_every_s=save_every_s,
+            watchdog=watchdog,
         )
         self._signal = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
-    def stop_reason(self) -> str | None:
-        number = agree(self._signal, self.device)
-        return signal.Signals(number).name if number else None
+    def stop_code(self) -> int:
+        return self._signal
+
+    def stop_reason(self, code: int) -> str | None:
+        return signal.Signals(code).name if code else None
 
     def _remember(self, number: int, frame: object) -> None:
         if self._signal:  # the second time means now
@@ -161,13 +209,13 @@ def set_threads(workers_on_node: int, threads: int | None = None) -> int:
     return threads
 
 
-def agree(flag: int, device: torch.device) -> int:
-    """The largest of all ranks' flags."""
+def agree(flags: Sequence[int], device: torch.device) -> list[int]:
+    """Flag by flag the largest of all ranks', in one exchange."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    value = torch.tensor(flag, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
+        return [*flags]
+    values = torch.tensor(flags, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [int(value) for value in values.tolist()]
 
 
 def broadcast(value: int, device: torch.device) -> int:

@@ -75,10 +75,13 @@ class EvaluationConfig(PostprocessConfig):
 class CheckpointConfig:
     """uri: where checkpoints go (None: beside the MLflow run's artifacts).
 
-    Kept: the `keep_latest` newest and the `keep_best` best by `metric`.
+    every_minutes: one is also saved when the last is that old, which bounds what a failure costs.
+    Kept: the `keep_latest` newest, as many of those with an evaluation, and the `keep_best` best by
+    `metric`.
     """
 
     uri: str | None = None
+    every_minutes: float | None = 10.0
     keep_latest: int = 2
     keep_best: int = 1
     metric: str = "val/AP"
@@ -92,7 +95,9 @@ class LaunchConfig:
     threads_per_worker: of torch on a CPU (None: the node's cores over its workers). Sums split over
     other threads differ in their last digits, so curves to be compared bit for bit need it equal.
     max_failures: restarts of the worker group before the run is given up.
-    collective_timeout_s: how long a rank waits for the others before the group is restarted.
+    collective_timeout_s: how long ranks wait for one another until the first step is done, and later
+    for one that reads data, scores or saves. hang_timeout_s: how long for one that is stuck in a
+    step or silent; then the group is restarted.
     """
 
     launcher: Literal["ray", "local"] = "ray"
@@ -102,6 +107,7 @@ class LaunchConfig:
     threads_per_worker: int | None = None
     max_failures: int = 3
     collective_timeout_s: int = 1800
+    hang_timeout_s: int = 60
 
 
 @dataclass(frozen=True)

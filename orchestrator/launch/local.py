@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from model.training.runtime import LocalRuntime, join_torchrun
-from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, train
+from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, open_watchdog, train
 from orchestrator.storage.background import BackgroundStore
 
 
@@ -71,7 +72,12 @@ class Leader:
         recorder = Recorder(order.assignment, board)
         store = BackgroundStore(open_store(order.assignment, board.say))
         runtime = LocalRuntime(
-            store=store, sink=recorder, device=order.device, threads=order.threads
+            store=store,
+            sink=recorder,
+            device=order.device,
+            threads=order.threads,
+            save_every_s=order.assignment.save_every_s,
+            watchdog=open_watchdog(order.assignment, 0, world_size(), board.say),
         )
         try:
             return train(order.assignment, runtime, store, board)
@@ -93,7 +99,11 @@ def follow(*, use_gpu: bool) -> int:
         board = Silence()
         store = BackgroundStore(open_store(order.assignment, board.say))
         runtime = LocalRuntime(
-            store=store, sink=board.log, device=order.device, threads=order.threads
+            store=store,
+            sink=board.log,
+            device=order.device,
+            threads=order.threads,
+            watchdog=open_watchdog(order.assignment, rank(), world_size(), _to_stderr),
         )
         result = train(order.assignment, runtime, store, board)
     _leave()
@@ -102,6 +112,10 @@ def follow(*, use_gpu: bool) -> int:
 
 def _device(use_gpu: bool) -> torch.device | None:
     return None if use_gpu else torch.device("cpu")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _leave() -> None:

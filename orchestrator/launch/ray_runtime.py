@@ -21,23 +21,27 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 import ray.train
+import torch
 from ray.train.torch import get_device
 
 from model.training.runtime import (
     CheckpointStore,
+    Decision,
     ProcessGroupRuntime,
     agree,
     set_threads,
 )
+from model.training.watchdog import Watchdog
 from orchestrator.errors import ClusterError
-from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, train
+from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, open_watchdog, train
 from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.filesystems import reason
 
 EXCLUDES = [".git", ".venv", "runs", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 POLL_S = 0.25
-LOOK_EVERY_S = 0.5
-STOP_REASONS = (None, "stopped", "preempted")
+ASK_EVERY_S = 0.5
+LOOK_EVERY_S = 5.0
+SAVE_EVERY_S_ON_NOTICE = 10.0
 
 
 class RayRuntime(ProcessGroupRuntime):
@@ -46,31 +50,63 @@ class RayRuntime(ProcessGroupRuntime):
     def __init__(
         self,
         *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
         store: CheckpointStore | None,
         sink: Callable[[int, Mapping[str, float]], None],
-        threads: int | None = None,
+        save_every_s: float | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
+        watchdog: Watchdog | None = None,
+        notices: Notices | None = None,
     ) -> None:
-        self.asked_to_stop = asked_to_stop
-        self._looked_at, self._reason = 0.0, 0
-        context = ray.train.get_context()
-        set_threads(context.get_local_world_size(), threads)
         super().__init__(
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=get_device(),
-            store=store,
-            sink=sink,
-        )
+            rank=rank, world_size=world_size, device=device,
+            store=store, sink=sink, save_every_s=save_every_s, watchdog=watchdog,
+        )  # fmt: skip
+        self.asked_to_stop = asked_to_stop
+        self.notices = notices or Notices()
 
-    def stop_reason(self) -> str | None:
-        """The driver got SIGTERM, or a node is about to be taken away."""
-        if time.monotonic() - self._looked_at > LOOK_EVERY_S:
-            self._looked_at = time.monotonic()
-            self._reason = 1 if self.asked_to_stop() else 0
-            if ray.train.get_preemption_info() is not None:
-                self._reason = 2
-        return STOP_REASONS[agree(self._reason, self.device)]
+    def decide(self) -> Decision:
+        """The driver got SIGTERM: save and stop. A node is about to be taken away: save at once and
+        often from now on; Ray starts the group anew when the node is gone.
+        """
+        look = int(self.rank == 0 and self.notices.due())
+        stop, save, look = agree([self.stop_code(), self.save_due(), look], self.device)
+        if look and self.notices.look():
+            self.save_every_s, save = SAVE_EVERY_S_ON_NOTICE, 1
+        return Decision(self.stop_reason(stop), bool(save))
+
+    def stop_code(self) -> int:
+        return int(self.asked_to_stop())
+
+    def stop_reason(self, code: int) -> str | None:
+        return "stopped" if code else None
+
+
+class Notices:
+    """Whether a node of the group is about to be taken away.
+
+    Ray answers this question in a barrier, so all ranks ask in the same step or none does: rank 0's
+    clock says when, and `look` is called where all have agreed.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        ask: Callable[[], object | None] = ray.train.get_preemption_info,
+    ) -> None:
+        self.clock, self.ask = clock, ask
+        self._looked_at, self._noticed = clock(), False
+
+    def due(self) -> bool:
+        return not self._noticed and self.clock() - self._looked_at >= LOOK_EVERY_S
+
+    def look(self) -> bool:
+        """True the first time there is a notice. Collective."""
+        self._looked_at = self.clock()
+        self._noticed = self.ask() is not None
+        return self._noticed
 
 
 class StopRequests:
@@ -78,8 +114,12 @@ class StopRequests:
 
     def __init__(self, actor: Any) -> None:
         self.actor, self.pending, self.asked = actor, actor.stopping.remote(), False
+        self._looked_at = 0.0
 
     def __call__(self) -> bool:
+        if time.monotonic() - self._looked_at < ASK_EVERY_S:
+            return self.asked
+        self._looked_at = time.monotonic()
         ready, _ = ray.wait([self.pending], timeout=0)
         if ready and not self.asked:
             try:
@@ -95,12 +135,18 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     assignment: Assignment = config["assignment"]
     board = RemoteBoard(config["board"])
     store = BackgroundStore(open_store(assignment, board.say))
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    set_threads(context.get_local_world_size(), assignment.resolved.job.launch.threads_per_worker)
     recorder = Recorder(assignment, board) if rank == 0 else None
     runtime = RayRuntime(
+        rank=rank,
+        world_size=context.get_world_size(),
+        device=get_device(),
         store=store,
         sink=recorder or (lambda step, metrics: None),
-        threads=assignment.resolved.job.launch.threads_per_worker,
+        save_every_s=assignment.save_every_s,
+        watchdog=open_watchdog(assignment, rank, context.get_world_size(), board.say),
         asked_to_stop=StopRequests(config["board"]) if rank == 0 else lambda: False,
     )
     try:

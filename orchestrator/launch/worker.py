@@ -13,7 +13,8 @@ from model.errors import DivergedError
 from model.network.detector import Detector
 from model.training.fit import FitResult, fit
 from model.training.initial import load_initial
-from model.training.runtime import Runtime
+from model.training.runtime import ProcessGroupRuntime
+from model.training.watchdog import Watchdog
 from orchestrator.launch.resolve import ResolvedJob
 from orchestrator.records.spool import MetricSender, Spool
 from orchestrator.records.tracker import TrackedRun
@@ -39,10 +40,25 @@ class Assignment:
     run: TrackedRun
     checkpoints_uri: str
 
+    @property
+    def save_every_s(self) -> float | None:
+        minutes = self.resolved.job.checkpoint.every_minutes
+        return None if minutes is None else 60.0 * minutes
+
 
 def open_store(assignment: Assignment, say: Callable[[str], None]) -> CheckpointStore:
     place = open_place(assignment.checkpoints_uri, "checkpoint.uri")
     return CheckpointStore(place, assignment.resolved.job.checkpoint, say=say)
+
+
+def open_watchdog(
+    assignment: Assignment, rank: int, world_size: int, say: Callable[[str], None]
+) -> Watchdog:
+    launch = assignment.resolved.job.launch
+    return Watchdog(
+        rank=rank, world_size=world_size, say=say,
+        timeout_s=launch.hang_timeout_s, patience_s=launch.collective_timeout_s,
+    )  # fmt: skip
 
 
 class Recorder:
@@ -70,7 +86,7 @@ def _initialise(source: str | None, classes: ClassMap, detector: Detector) -> No
 
 
 def train(
-    assignment: Assignment, runtime: Runtime, store: BackgroundStore, board: Board
+    assignment: Assignment, runtime: ProcessGroupRuntime, store: BackgroundStore, board: Board
 ) -> dict[str, Any]:
     """Run `fit` on this worker; the result as plain data, once its last checkpoint is committed.
 
@@ -91,6 +107,8 @@ def train(
     except DivergedError as error:
         return {"diverged": error}
     finally:
+        if runtime.watchdog is not None:
+            runtime.watchdog.close()
         store.wait()
     store.close()
     if result.started_at_step and runtime.rank == 0:

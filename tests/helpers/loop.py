@@ -89,9 +89,12 @@ class StoppingRuntime(ProcessGroupRuntime):
         super().__init__(rank=0, world_size=1, device=torch.device("cpu"), store=store, sink=record)
         self.record, self.stop_after = record, stop_after
 
-    def stop_reason(self) -> str | None:
+    def stop_code(self) -> int:
         done = self.record.rows[-1][0] if self.record.rows else 0
-        return "asked to" if self.stop_after is not None and done >= self.stop_after else None
+        return int(self.stop_after is not None and done >= self.stop_after)
+
+    def stop_reason(self, code: int) -> str | None:
+        return "asked to" if code else None
 
 
 def run(

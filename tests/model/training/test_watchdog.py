@@ -1,0 +1,96 @@
+"""Who is waited for, and for how long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from model.training.watchdog import EXIT_CODE, Report, Watchdog, verdict
+
+
+def report(rank: int, step: int, phase: str, age_s: float, silent_s: float = 0.0) -> Report:
+    return Report(rank, f"host{rank}", step, phase, age_s, silent_s)
+
+
+@pytest.mark.parametrize(
+    ("me", "other", "expected"),
+    [
+        # Nobody has waited long.
+        (report(0, 7, "step", 50), report(1, 6, "step", 55), None),
+        # Stuck in the step before, or in the same one before it reads.
+        (report(0, 7, "step", 61), report(1, 6, "step", 70), "step 8: rank 1 on host1 did not"),
+        (report(0, 7, "step", 61), report(1, 7, "data", 70), None),  # it fetches images
+        (report(0, 7, "step", 700), report(1, 7, "data", 701), "rank 1 on host1 did not"),
+        (report(0, 7, "evaluate", 61), report(1, 7, "evaluate", 61), None),  # rank 0 scores
+        (report(0, 7, "evaluate", 601), report(1, 7, "evaluate", 9), "not done with evaluate"),
+        # All are there and none goes on.
+        (report(0, 7, "step", 61), report(1, 7, "step", 61), "step 8: all 2 ranks wait"),
+        # Whoever fell silent is named, whatever it was doing.
+        (report(0, 7, "step", 61), report(1, 7, "data", 61, 31), "nothing was heard of it for 31"),
+        (report(0, 7, "evaluate", 61), report(1, 7, "step", 61, 31), "did not arrive: nothing"),
+        (report(0, 7, "step", 50), report(1, 7, "data", 61, 31), None),
+        # The one that is waited for does not accuse those that wait.
+        (report(1, 7, "data", 100), report(0, 7, "step", 100), None),
+    ],
+)
+def test_verdict(me: Report, other: Report, expected: str | None) -> None:
+    said = verdict(me, [other], timeout_s=60, patience_s=600)
+    assert (said is None) == (expected is None), said
+    assert expected is None or expected in str(said)
+
+
+def _wait(rank: int, folder: str, how: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{Path(folder, 'port').read_text()}",
+        rank=rank, world_size=2, timeout=timedelta(seconds=120),
+    )  # fmt: skip
+    said = Path(folder) / f"said-{rank}"
+    watchdog = Watchdog(
+        rank=rank, world_size=2, timeout_s=4, patience_s=60, say=lambda text: _write(said, text)
+    )
+    for step in range(3):
+        watchdog.arrive(step, "data")
+        if step == 2 and rank == 1:
+            (Path(folder) / "ready").touch()
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            watchdog.arrive(step - 1, "step")
+            time.sleep(100)
+        watchdog.arrive(step, "step")
+        dist.all_reduce(torch.zeros(1))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("how", ["stopped", "stuck"])
+def test_the_rank_that_does_not_arrive_is_named(tmp_path: Path, how: str) -> None:
+    from helpers import free_ports
+
+    (tmp_path / "port").write_text(str(free_ports(1)[0]))
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=_wait, args=(rank, str(tmp_path), how)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    try:
+        ranks[0].join(90)
+        assert ranks[0].exitcode == EXIT_CODE
+        said = (tmp_path / "said-0").read_text()
+        assert said.startswith("step 3: rank 1 on ")
+        assert ("nothing was heard" if how == "stopped" else "it is in step 2 (step)") in said
+        assert not (tmp_path / "said-1").exists()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
