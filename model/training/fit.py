@@ -58,6 +58,7 @@ class LogMeter:
     images: int = 0
     steps_timed: int = 0
     damaged_images: int = 0
+    saving: float = 0.0
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(len(LOG_KEYS) + 2, device=self.device)
@@ -88,12 +89,15 @@ class LogMeter:
             metrics["perf/img_per_s"] = self.images / self.seconds
             metrics["perf/step_s"] = self.seconds / self.steps_timed
             metrics["perf/data_wait_share"] = self.waited / self.seconds
+        if self.saving:
+            metrics["perf/checkpoint_blocked_s"] = self.saving
         self.forget()
         return metrics
 
     def forget(self) -> None:
         self.sums.zero_()
         self.seconds, self.waited, self.images, self.steps_timed = 0.0, 0.0, 0, 0
+        self.saving = 0.0
 
 
 def fit(
@@ -152,11 +156,13 @@ def fit(
 
     def save(done: int, scored: Mapping[str, float]) -> None:
         runtime.arrive(done - 1, "save")
+        began = time.perf_counter()
         log_sums = meter.reduced()
         write = None
         if rank == 0:
             write = _writer(trainee, log_sums, done, config, train, scored)
         runtime.save(done, scored, write)
+        meter.saving += time.perf_counter() - began
 
     step = start
     while step < schedule.total and stopped is None:

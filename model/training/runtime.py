@@ -72,6 +72,10 @@ class CheckpointStore(Protocol):
         self, step: int, metrics: Mapping[str, float], write: Callable[[Path], None]
     ) -> None: ...
 
+    def figures(self) -> dict[str, float]:
+        """Metrics of what it did since it was last asked."""
+        ...
+
 
 class ProcessGroupRuntime:
     """What both runtimes share: ranks of one torch process group, one store, one sink of metrics.
@@ -114,7 +118,8 @@ class ProcessGroupRuntime:
             self.watchdog.arrive(step, phase)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.sink(step, metrics)
+        figures = self.store.figures() if self.store is not None else {}
+        self.sink(step, {**metrics, **figures})
 
     def save(
         self, step: int, metrics: Mapping[str, float], write: Callable[[Path], None] | None

@@ -94,6 +94,8 @@ def train(
     would cure it.
     """
     resolved = assignment.resolved
+    if runtime.rank == 0:
+        store.store.clean()
     train_set, val_set = resolved.datasets()
     try:
         result: FitResult = fit(

@@ -12,22 +12,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from orchestrator.errors import StorageError
-from orchestrator.storage.filesystems import reason
+from orchestrator.storage.retry import retrying
 
-RETRY_FOR_S, FIRST_PAUSE_S, LONGEST_PAUSE_S = 180.0, 0.2, 15.0
 LOOK_EVERY = 64  # files written by this process between two looks at the cache's size
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -129,36 +122,6 @@ class CachedReader:
 
 def fetch(path: Path) -> bytes:
     return retrying(path.read_bytes, str(path))
-
-
-def retrying(
-    work: Callable[[], T],
-    what: str,
-    *,
-    retry_for_s: float = RETRY_FOR_S,
-    sleep: Callable[[float], None] = time.sleep,
-) -> T:
-    """`work()`, tried again for a while, with growing, scattered pauses.
-
-    Raises:
-        FileNotFoundError: at once, there is nothing to wait for.
-        StorageError: naming the file and the cause, when the time is up or access is denied.
-    """
-    end, pause = time.monotonic() + retry_for_s, FIRST_PAUSE_S
-    while True:
-        try:
-            return work()
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # each filesystem has its own exceptions
-            final = isinstance(error, PermissionError) or time.monotonic() + pause > end
-            if final:
-                raise StorageError(
-                    "data", f"to read {what}", reason(error),
-                    "check the storage, AWS_ENDPOINT_URL and the credentials",
-                ) from None  # fmt: skip
-        sleep(pause * random.uniform(0.5, 1.5))
-        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 def _hash(text: str) -> str:

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Any
 from model.training.state import META, verify_checkpoint
 from orchestrator.config.schema import CheckpointConfig
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.filesystems import Place
+from orchestrator.storage.filesystems import Place, abandon_uploads, reason
+from orchestrator.storage.retry import retrying
 
 FOLDER = re.compile(r"step_(\d{8})")
 
@@ -35,11 +37,14 @@ class Kept:
 
 
 def to_keep(found: Sequence[Kept], *, latest: int, best: int) -> set[int]:
-    """Steps to keep: the `latest` newest and the `best` highest by value (later wins a tie)."""
-    newest = sorted(found, key=lambda kept: kept.step)[-max(1, latest) :]
-    scored = [kept for kept in found if kept.value is not None]
+    """Steps to keep: the `latest` newest, the `latest` newest with a value, so that those saved only
+    because time had passed push none of them out, and the `best` highest by value (later wins a tie).
+    """
+    latest = max(1, latest)
+    in_order = sorted(found, key=lambda kept: kept.step)
+    scored = [kept for kept in in_order if kept.value is not None]
     top = sorted(scored, key=lambda kept: (kept.value, kept.step))[-best:] if best > 0 else []
-    return {kept.step for kept in (*newest, *top)}
+    return {kept.step for kept in (*in_order[-latest:], *scored[-latest:], *top)}
 
 
 class CheckpointStore:
@@ -49,6 +54,7 @@ class CheckpointStore:
         self, place: Place, config: CheckpointConfig, *, say: Callable[[str], None]
     ) -> None:
         self.place, self.config, self.say = place, config, say
+        self._figures: dict[str, float] = {}
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
@@ -62,24 +68,55 @@ class CheckpointStore:
 
         Saving a step again replaces it.
         """
+        began = time.monotonic()
         local = self.place.local
         if local is not None:
             local.mkdir(parents=True, exist_ok=True)
-            for left in local.glob(".writing-*"):  # of a process that was killed while it wrote
-                shutil.rmtree(left, ignore_errors=True)
+            self._clean_drafts(local)
         with tempfile.TemporaryDirectory(dir=local, prefix=".writing-") as temporary:
             draft = Path(temporary) / _name(step)
             draft.mkdir()
             write(draft)
+            size = sum(file.stat().st_size for file in draft.iterdir())
             if local is not None:
                 self._remove(step)
                 draft.rename(local / draft.name)
             else:
                 self._upload(draft)
+        seconds = time.monotonic() - began
+        self._figures = {"perf/checkpoint_s": seconds, "perf/checkpoint_mib": size / 2**20}
+        if local is not None:
+            self._figures["perf/checkpoint_free_gib"] = shutil.disk_usage(local).free / 2**30
         try:
             self._retain()
-        except OSError as error:  # what was to be saved is saved; too many are better than none
-            self.say(f"old checkpoints were not removed: {error}")
+        except Exception as error:  # what was to be saved is saved; too many are better than none
+            self.say(f"old checkpoints were not removed: {reason(error)}")
+
+    def figures(self) -> dict[str, float]:
+        """Of the last save, once: seconds, MiB and, on a local disk, the GiB left."""
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def clean(self) -> None:
+        """Take away what a process left behind that was killed while it saved. Before the first save.
+
+        Nothing else writes here, so every unfinished upload is an abandoned one.
+        """
+        try:
+            if self.place.local is not None:
+                self._clean_drafts(self.place.local)
+            abandoned = abandon_uploads(self.place)
+            torn = [name for name in self._names() if self._meta(name) is None]
+            for name in torn:
+                self._remove(int(name.removeprefix("step_")))
+        except Exception as error:  # litter is no reason not to train
+            self.say(f"leftovers of an earlier process were not removed: {reason(error)}")
+            return
+        if abandoned or torn:
+            self.say(
+                f"removed what an earlier process had not finished: {len(torn)} checkpoint(s), "
+                f"{abandoned} upload(s)"
+            )
 
     @contextmanager
     def open(self, step: int) -> Iterator[Path]:
@@ -97,13 +134,16 @@ class CheckpointStore:
             folder = Path(temporary) / _name(step)
             remote = f"{self.place.path}/{_name(step)}"
             with suppress(FileNotFoundError):  # said by the verification
-                self.place.filesystem.get(remote, str(folder), recursive=True)
+                retrying(
+                    lambda: self.place.filesystem.get(remote, str(folder), recursive=True),
+                    self.uri(step), where="checkpoint.uri",
+                )  # fmt: skip
             verify_checkpoint(folder)
             yield folder
 
     def newest_valid(self) -> int | None:
         """The newest step that proves whole; damaged ones are said and passed over."""
-        for step in reversed(self.steps()):
+        for step in reversed(retrying(self.steps, self.place.uri, where="checkpoint.uri")):
             try:
                 with self.open(step):
                     return step
@@ -115,6 +155,10 @@ class CheckpointStore:
         """The step with the highest metric, None if none has one."""
         scored = [kept for kept in self._found() if kept.value is not None]
         return max(scored, key=lambda kept: (kept.value, kept.step)).step if scored else None
+
+    def _clean_drafts(self, local: Path) -> None:
+        for left in local.glob(".writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _upload(self, draft: Path) -> None:
         remote = f"{self.place.path}/{draft.name}"

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from s3fs import S3FileSystem
 from upath import UPath
 
 from orchestrator.errors import StorageError
@@ -111,6 +112,24 @@ def check_writable(place: Place, where: str) -> None:
         raise StorageError(where, "a place to write", f"{place.uri} ({reason(error)})", _remedy(place)) from None  # fmt: skip
     if found != b"probe":
         raise StorageError(where, "a place that keeps what is written", place.uri, _remedy(place))
+
+
+def abandon_uploads(place: Place) -> int:
+    """Abort the unfinished multipart uploads below a place; how many there were.
+
+    Their parts are invisible but cost money until they are aborted. A server that does not know
+    multipart uploads has none.
+    """
+    if not isinstance(place.filesystem, S3FileSystem):
+        return 0
+    bucket, _, prefix = place.path.partition("/")
+    call = place.filesystem.call_s3
+    found = call("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/").get("Uploads") or []
+    for upload in found:
+        call(
+            "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+        )
+    return len(found)
 
 
 def _within(timeout_s: float, work: Callable[[], bytes]) -> bytes:

@@ -8,9 +8,11 @@ import pytest
 
 from orchestrator.config.schema import CheckpointConfig
 from orchestrator.errors import StorageError
-from orchestrator.storage.background import ATTEMPTS, BackgroundStore
+from orchestrator.storage.background import PATIENCE_S, BackgroundStore
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import open_place
+
+FOR_EVER = int(PATIENCE_S)
 
 Write = Callable[[Path], None]
 
@@ -24,7 +26,12 @@ def said() -> list[str]:
 def store(tmp_path: Path, said: list[str]) -> BackgroundStore:
     place = open_place(str(tmp_path / "run"), "test")
     plain = CheckpointStore(place, CheckpointConfig(keep_latest=10), say=said.append)
-    return BackgroundStore(plain, sleep=lambda seconds: None)
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    return BackgroundStore(plain, sleep=sleep, clock=lambda: now[0])
 
 
 def failing(write: Write, times: int) -> Write:
@@ -60,25 +67,61 @@ def test_steps_are_committed_in_order_and_restore_sees_the_last(
 ) -> None:
     for step in (1, 2, 3):
         store.save(step, {}, write(step))
+        store.wait()
     assert store.newest_valid() == 3
     with store.open(3) as folder:
         assert (folder / "meta.json").is_file()
     assert store.store.steps() == [1, 2, 3]
 
 
+def test_the_newest_and_the_newest_scored_wait_for_a_slow_storage(
+    store: BackgroundStore, write: Callable[..., Write], said: list[str]
+) -> None:
+    disk, begun = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        begun.set()
+        assert disk.wait(10)
+        write(1)(folder)
+
+    store.save(1, {}, slow)
+    assert begun.wait(10)
+    for step, metrics in (
+        (2, {}),
+        (3, {"val/AP": 0.1}),
+        (4, {}),
+        (5, {"val/AP": 0.2}),
+        (6, {}),
+        (7, {}),
+    ):
+        store.save(step, metrics, write(step, metrics.get("val/AP")))
+    disk.set()
+    store.close()
+    # What was evaluated is not pushed out by what was not; never more than two wait.
+    assert store.store.steps() == [1, 5, 7]
+    assert store.figures()["perf/checkpoints_skipped"] == 4
+    assert said == [
+        "the storage is slower than training: the checkpoint of step 2 gave way to that of step 3"
+    ]
+
+
 def test_a_failing_storage_is_tried_again(
     store: BackgroundStore, write: Callable[..., Write], said: list[str]
 ) -> None:
-    store.save(1, {}, failing(write(1), ATTEMPTS - 1))
+    store.save(1, {}, failing(write(1), 20))
     store.close()
     assert store.store.steps() == [1]
-    assert said == ["the checkpoint of step 1 is tried again: 503 slow down"]
+    assert said == [
+        "the checkpoint of step 1 is tried again: 503 slow down",
+        "the checkpoint of step 1 is saved after all",
+    ]
 
 
 def test_a_lost_checkpoint_does_not_stop_training_and_a_later_one_heals(
     store: BackgroundStore, write: Callable[..., Write], said: list[str]
 ) -> None:
-    store.save(1, {}, failing(write(1), ATTEMPTS))
+    store.save(1, {}, failing(write(1), FOR_EVER))
+    store.wait()
     store.save(2, {}, write(2))
     store.close()
     assert store.failures == 1
@@ -90,7 +133,7 @@ def test_a_run_whose_last_checkpoint_was_lost_is_no_success(
     store: BackgroundStore, write: Callable[..., Write]
 ) -> None:
     store.save(1, {}, write(1))
-    store.save(2, {}, failing(write(2), ATTEMPTS))
+    store.save(2, {}, failing(write(2), FOR_EVER))
     with pytest.raises(StorageError, match=r"checkpoint of step 2.*503 slow down"):
         store.close()
     assert store.store.steps() == [1]

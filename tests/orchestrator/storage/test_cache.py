@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.storage.cache import CachedReader, NodeCache, retrying
+from orchestrator.storage.cache import CachedReader, NodeCache
 from orchestrator.storage.filesystems import open_path
+from orchestrator.storage.retry import retrying
 
 pytestmark = pytest.mark.integration  # an S3 server
 

@@ -27,6 +27,8 @@ Write = Callable[..., Callable[[Path], None]]
         ({1: 0.5, 2: 0.5, 3: 0.1}, 1, 1, {2, 3}),  # the later of a tie
         ({1: None, 2: None, 3: None}, 1, 2, {3}),  # nothing is best before an evaluation
         ({1: 0.0, 2: None, 3: None}, 1, 1, {1, 3}),  # zero is a value
+        # Saved by time, between evaluations: they push no evaluated one out.
+        ({1: 0.3, 2: 0.2, 3: 0.1, 4: None, 5: None, 6: None}, 2, 1, {1, 2, 3, 5, 6}),
         ({1: -2.0, 2: -1.0, 3: -3.0}, 1, 1, {2, 3}),
         ({1: 0.1, 2: 0.2}, 0, 0, {2}),  # never without any
         ({1: 0.1, 2: 0.2}, 9, 9, {1, 2}),
@@ -105,8 +107,8 @@ def test_saved_checkpoint_is_there_whole(shelf: Shelf, write: Write) -> None:
 
 def test_newest_and_best_are_kept(shelf: Shelf, write: Write) -> None:
     save(shelf, write, {1: None, 2: 0.9, 3: 0.1, 4: None, 5: 0.3})
-    assert shelf.store.steps() == [2, 4, 5]
-    assert shelf.entries() == ["step_00000002", "step_00000004", "step_00000005"]
+    assert shelf.store.steps() == [2, 3, 4, 5]
+    assert shelf.entries() == [f"step_{step:08d}" for step in (2, 3, 4, 5)]
     assert shelf.store.best() == 2
     assert opened_step(shelf, 2) == 2
 
@@ -204,3 +206,29 @@ def test_other_things_in_the_place_are_left_alone(shelf: Shelf, write: Write) ->
     save(shelf, write, {2: 0.2, 3: 0.3, 4: 0.4})
     assert shelf.store.steps() == [3, 4]
     assert {"notes.txt", "step_1", "step_00000099.old"} <= set(shelf.entries())
+
+
+def test_what_a_killed_process_left_is_taken_away(
+    bucket: str, s3_client: Any, write: Write, tmp_path: Path
+) -> None:
+    """Parts of an upload nobody will finish, and a folder without its marker."""
+    shelf = Shelf(f"s3://{bucket}/run/checkpoints")
+    shelf.store.save(1, {}, write(1))
+    shelf.place.filesystem.pipe_file(shelf.path(2, "model.safetensors"), b"half of it")
+    other = s3_client.create_multipart_upload(Bucket=bucket, Key="run/other")["UploadId"]
+    mine = s3_client.create_multipart_upload(
+        Bucket=bucket, Key="run/checkpoints/step_00000002/ema.safetensors"
+    )
+    s3_client.upload_part(
+        Bucket=bucket, Key=mine["Key"], UploadId=mine["UploadId"], PartNumber=1, Body=b"x" * 6
+    )
+    again = Shelf(f"s3://{bucket}/run/checkpoints")
+    again.store.clean()
+    assert again.said == [
+        "removed what an earlier process had not finished: 1 checkpoint(s), 1 upload(s)"
+    ]
+    assert again.entries() == ["step_00000001"]
+    left = s3_client.list_multipart_uploads(Bucket=bucket)["Uploads"]
+    assert [upload["UploadId"] for upload in left] == [other], "nobody else's"
+    again.store.clean()
+    assert len(again.said) == 1
