@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-unit test-slow lint clean
+.PHONY: help setup train test test-unit test-slow test-chaos lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile; echo "others: setup lint test-unit test-slow clean"
+	@sed -n 's/^# //p' Makefile; echo "others: setup lint test-unit test-slow test-chaos clean"
 
 setup: $(STAMP)
 
@@ -25,13 +25,16 @@ train: $(STAMP)
 	@$(BIN)/python jobs/train.py --config jobs/configs/shapes.yaml $(ARGS)
 
 test: $(STAMP) lint
-	@$(PYTEST) -m "not slow" tests
+	@$(PYTEST) -m "not slow and not chaos" tests
 
 test-unit: $(STAMP)
-	@$(PYTEST) -m "not slow and not integration" tests
+	@$(PYTEST) -m "not slow and not chaos and not integration" tests
 
 test-slow: $(STAMP)
 	@$(PYTEST) -m slow tests
+
+test-chaos: $(STAMP)
+	@$(PYTEST) -m chaos tests
 
 lint: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/mypy --no-error-summary

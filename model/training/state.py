@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,7 +134,14 @@ def read_weights(folder: Path, module: nn.Module, *, ema: bool = False) -> None:
 
 
 def read_progress(folder: Path) -> Progress:
-    state = torch.load(folder / TRAIN_STATE, weights_only=True, map_location="cpu")
+    """Raises CheckpointError where the file holds anything but tensors and numbers."""
+    try:
+        state = torch.load(folder / TRAIN_STATE, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"checkpoint {folder.name}", f"tensors and numbers only in {TRAIN_STATE}",
+            "something that would run code when loaded", "do not use it: we never wrote it",
+        ) from None  # fmt: skip
     return Progress(
         int(state["step"]),
         dict(state["momentum"]),

@@ -29,6 +29,15 @@ class Flag:
     """Taken as it is, where YAML would make a number or a date of it."""
     several: bool = False
     """A list, separated by commas."""
+    most: str | None = None
+    """Path of an upper bound, given after a colon."""
+
+    def values(self, given: str) -> list[tuple[str, Any]]:
+        """(path, value) of what was given."""
+        if self.most is None:
+            return [(self.path, self.value(given))]
+        least, _, most = given.partition(":")
+        return [(self.path, self.value(least)), (self.most, self.value(most) if most else None)]
 
     def value(self, given: str) -> Any:
         if self.several:
@@ -62,7 +71,13 @@ TRAIN_FLAGS = (
     ),
     Flag("--pretrained", "model.pretrained", "ImageNet backbone: auto, yes or no", "WHEN"),
     Flag("--seed", "train.seed", "seed of weights, order and augmentation", "N"),
-    Flag("--workers", "launch.workers", "training processes over the cluster", "N"),
+    Flag(
+        "--workers",
+        "launch.workers",
+        "training processes over the cluster; MIN:MAX takes as many as there is room for",
+        "N",
+        most="launch.max_workers",
+    ),
     Flag("--gpus-per-worker", "launch.gpus_per_worker", "0 trains on the CPU", "X"),
     Flag("--cpus-per-worker", "launch.cpus_per_worker", "cores reserved for each worker", "X"),
     Flag("--launcher", "launch.launcher", "ray, or local for plain python and torchrun", "KIND"),
@@ -150,7 +165,7 @@ class _Override(argparse.Action):
         overrides = [*(getattr(namespace, "overrides", None) or [])]
         flag: Flag | None = self.const
         if flag is not None:
-            overrides.append((flag.path, flag.value(str(values))))
+            overrides += flag.values(str(values))
         else:
             path, sign, text = str(values).partition("=")
             if not sign:

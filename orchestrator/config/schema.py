@@ -89,12 +89,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Who runs it. workers: training processes. gpus_per_worker: None is 1 where there are GPUs.
+    """Who runs it. workers: training processes, or the least of them where max_workers says the most:
+    then training begins as soon as there is room for the least, and every grow_every_s takes up what
+    has become free (a restart from the newest checkpoint). gpus_per_worker: None is 1 where there are GPUs.
 
     cpus_per_worker: reserved for each (None: an even share of a local machine, else 1).
     threads_per_worker: of torch on a CPU (None: the node's cores over its workers). Sums split over
     other threads differ in their last digits, so curves to be compared bit for bit need it equal.
-    max_failures: restarts of the worker group before the run is given up.
+    max_failures: restarts after a failure before the run is given up; max_preemptions: after a node
+    was taken away with a notice.
     collective_timeout_s: how long ranks wait for one another until the first step is done, and later
     for one that reads data, scores or saves. hang_timeout_s: how long for one that is stuck in a
     step or silent; then the group is restarted.
@@ -102,10 +105,13 @@ class LaunchConfig:
 
     launcher: Literal["ray", "local"] = "ray"
     workers: int = 1
+    max_workers: int | None = None
+    grow_every_s: float = 60.0
     gpus_per_worker: float | None = None
     cpus_per_worker: float | None = None
     threads_per_worker: int | None = None
-    max_failures: int = 3
+    max_failures: int = 8
+    max_preemptions: int = 100
     collective_timeout_s: int = 1800
     hang_timeout_s: int = 60
 

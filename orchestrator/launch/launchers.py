@@ -8,16 +8,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.launch import local, preflight
+from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.progress import Progress
 from orchestrator.launch.worker import Assignment
 from orchestrator.storage.filesystems import open_place
+
+if TYPE_CHECKING:
+    from orchestrator.launch.ray_runtime import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,8 +42,19 @@ class Launcher:
     def describe(self, hardware: preflight.Hardware) -> str:
         raise NotImplementedError
 
+    def most_workers(self, hardware: preflight.Hardware) -> int:
+        """As many as there is room for now."""
+        by_cpus = int(self.cpus // hardware.cpus_per_worker)
+        if not hardware.gpus_per_worker:
+            return max(1, by_cpus)
+        return max(1, min(by_cpus, int(self.gpus // hardware.gpus_per_worker)))
+
     def run(
-        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+        self,
+        assignment: Assignment,
+        hardware: preflight.Hardware,
+        progress: Progress,
+        interruptions: Interruptions,
     ) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -56,7 +71,11 @@ class LocalLauncher(Launcher):
         return f"this process, {hardware.device_kind}"
 
     def run(
-        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+        self,
+        assignment: Assignment,
+        hardware: preflight.Hardware,
+        progress: Progress,
+        interruptions: Interruptions,
     ) -> dict[str, Any]:
         use_gpu = hardware.gpus_per_worker > 0
         return self.leader.lead(local.Order(assignment, use_gpu), progress)
@@ -87,20 +106,27 @@ class RayLauncher(Launcher):
         return f"{where}: {there}; training on {hardware.device_kind}"
 
     def run(
-        self, assignment: Assignment, hardware: preflight.Hardware, progress: Progress
+        self,
+        assignment: Assignment,
+        hardware: preflight.Hardware,
+        progress: Progress,
+        interruptions: Interruptions,
     ) -> dict[str, Any]:
         from orchestrator.launch import ray_runtime, supervisor
 
         stop = threading.Event()
-        with _sigterm_sets(stop, progress), ray_runtime.mailbox(progress, stop) as board:
+        with (
+            _sigterm_sets(stop, progress),
+            ray_runtime.mailbox(progress, interruptions, stop) as board,
+        ):
             return supervisor.run_trainer(
                 {"assignment": assignment, "board": board},
                 assignment.resolved.job.launch,
                 gpus_per_worker=hardware.gpus_per_worker,
                 cpus_per_worker=hardware.cpus_per_worker,
                 name=assignment.run.run_id,
-                storage_path=_ray_storage(assignment, self.nodes),
-                say=progress.say,
+                storage_path=_ray_storage(assignment, self.cluster),
+                interruptions=interruptions,
             )
 
 
@@ -121,7 +147,7 @@ def _sigterm_sets(stop: threading.Event, progress: Progress) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _ray_storage(assignment: Assignment, nodes: int) -> str:
+def _ray_storage(assignment: Assignment, cluster: Cluster) -> str:
     """Ray Train's own notes on a run; checkpoints are not among them.
 
     Raises:
@@ -130,11 +156,13 @@ def _ray_storage(assignment: Assignment, nodes: int) -> str:
     place = open_place(assignment.checkpoints_uri, "checkpoint.uri")
     if place.local is None:
         return place.uri.rsplit("/", 1)[0] + "/ray"
-    if nodes > 1 and assignment.resolved.job.launch.workers > 1:
+    launch = assignment.resolved.job.launch
+    may_span = launch.max_workers is not None and not cluster.embedded
+    if may_span or (cluster.nodes > 1 and launch.workers > 1):
         shared = assignment.resolved.job.checkpoint.uri is not None
         if not shared:
             raise ClusterError(
-                "checkpoint.uri", f"a place that all {nodes} nodes can reach",
+                "checkpoint.uri", "a place that all nodes can reach",
                 f"the local folder {place.path}",
                 "give s3://… or a shared folder: --set checkpoint.uri=URI",
             )  # fmt: skip
@@ -145,6 +173,11 @@ def check_launcher(job: TrainJob) -> None:
     torchrun = int(os.environ.get("WORLD_SIZE", "1"))
     if job.launch.launcher == "ray" and torchrun > 1:
         raise ConfigError("launch.launcher", "local under torchrun", "ray", "add --launcher local")
+    if job.launch.launcher == "local" and job.launch.max_workers:
+        raise ConfigError(
+            "launch.max_workers", "a fixed number of workers without Ray",
+            f"{job.launch.workers}:{job.launch.max_workers}", "leave --launcher local out",
+        )  # fmt: skip
     if job.launch.launcher == "local" and job.launch.workers != torchrun:
         raise ConfigError(
             "launch.workers", f"{torchrun}, the processes there are", str(job.launch.workers),

@@ -80,7 +80,7 @@ class Leader:
             watchdog=open_watchdog(order.assignment, 0, world_size(), board.say),
         )
         try:
-            return train(order.assignment, runtime, store, board)
+            return train(order.assignment, runtime, store)
         finally:
             recorder.close()
 
@@ -105,7 +105,7 @@ def follow(*, use_gpu: bool) -> int:
             threads=order.threads,
             watchdog=open_watchdog(order.assignment, rank(), world_size(), _to_stderr),
         )
-        result = train(order.assignment, runtime, store, board)
+        result = train(order.assignment, runtime, store)
     _leave()
     return 1 if "diverged" in result else 0
 

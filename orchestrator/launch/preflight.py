@@ -47,6 +47,8 @@ def describe_model(resolved: ResolvedJob, derived: Derived) -> list[tuple[str, s
     if job.model.init:
         weights = "initial weights below"
     frozen = f", frozen: {', '.join(job.model.freeze)}" if job.model.freeze else ""
+    most = job.launch.max_workers
+    elastic = f"; the same batch on up to {most} as they come and go" if most else ""
     lr = job.optim.lr_per_64 * job.train.batch_size / 64
     return [
         ("network", f"{name}: {spec.backbone} ({weights}), {spec.image_size_px} px, "
@@ -59,7 +61,7 @@ def describe_model(resolved: ResolvedJob, derived: Derived) -> list[tuple[str, s
          f"warm-up {schedule.warmup}, evaluation every {schedule.evaluate_every}"),
         ("learning rate", f"{lr:g} ({job.optim.lr_per_64:g} for 64 images), "
          f"SGD momentum {job.optim.momentum:g}, weight decay {job.optim.weight_decay:g}"),
-        ("batch", derived.plan.describe()),
+        ("batch", derived.plan.describe() + elastic),
     ]  # fmt: skip
 
 

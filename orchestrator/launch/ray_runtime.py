@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
+from ray.train import UserCallback
 from ray.train.torch import get_device
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerLost
 
 from model.training.runtime import (
     CheckpointStore,
@@ -32,7 +36,8 @@ from model.training.runtime import (
     set_threads,
 )
 from model.training.watchdog import Watchdog
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, UserError
+from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, open_watchdog, train
 from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.filesystems import reason
@@ -45,7 +50,10 @@ SAVE_EVERY_S_ON_NOTICE = 10.0
 
 
 class RayRuntime(ProcessGroupRuntime):
-    """One worker of a TorchTrainer. asked_to_stop: tells rank 0 what the driver was told."""
+    """One worker of a TorchTrainer.
+
+    asked_to_stop: tells rank 0 what the driver was told. on_notice: called on rank 0.
+    """
 
     def __init__(
         self,
@@ -59,13 +67,14 @@ class RayRuntime(ProcessGroupRuntime):
         asked_to_stop: Callable[[], bool] = lambda: False,
         watchdog: Watchdog | None = None,
         notices: Notices | None = None,
+        on_notice: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             rank=rank, world_size=world_size, device=device,
             store=store, sink=sink, save_every_s=save_every_s, watchdog=watchdog,
         )  # fmt: skip
         self.asked_to_stop = asked_to_stop
-        self.notices = notices or Notices()
+        self.notices, self.on_notice = notices or Notices(), on_notice
 
     def decide(self) -> Decision:
         """The driver got SIGTERM: save and stop. A node is about to be taken away: save at once and
@@ -75,6 +84,8 @@ class RayRuntime(ProcessGroupRuntime):
         stop, save, look = agree([self.stop_code(), self.save_due(), look], self.device)
         if look and self.notices.look():
             self.save_every_s, save = SAVE_EVERY_S_ON_NOTICE, 1
+            if self.rank == 0:
+                self.on_notice()
         return Decision(self.stop_reason(stop), bool(save))
 
     def stop_code(self) -> int:
@@ -131,12 +142,22 @@ class StopRequests:
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """`train_loop_per_worker`: the same work as under any launcher."""
+    """`train_loop_per_worker`: the same work as under any launcher.
+
+    A user's mistake that shows only here, {"refused": the error}, ends the run: the worker that met
+    it leaves it in the mailbox, and the group that Ray then starts anew finds it there.
+    """
     assignment: Assignment = config["assignment"]
-    board = RemoteBoard(config["board"])
+    actor = config["board"]
+    refused: UserError | None = ray.get(actor.refusal.remote())
+    if refused is not None:
+        return {"refused": refused}
+    board = RemoteBoard(actor)
     store = BackgroundStore(open_store(assignment, board.say))
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    if rank == 0:
+        board.tell("started", context.get_world_size())
     set_threads(context.get_local_world_size(), assignment.resolved.job.launch.threads_per_worker)
     recorder = Recorder(assignment, board) if rank == 0 else None
     runtime = RayRuntime(
@@ -147,10 +168,14 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         sink=recorder or (lambda step, metrics: None),
         save_every_s=assignment.save_every_s,
         watchdog=open_watchdog(assignment, rank, context.get_world_size(), board.say),
-        asked_to_stop=StopRequests(config["board"]) if rank == 0 else lambda: False,
+        asked_to_stop=StopRequests(actor) if rank == 0 else lambda: False,
+        on_notice=lambda: board.tell("noticed"),
     )
     try:
-        return train(assignment, runtime, store, board)
+        return train(assignment, runtime, store)
+    except UserError as error:
+        ray.get(actor.refuse.remote(error))
+        raise
     finally:
         if recorder is not None:
             recorder.close()
@@ -163,10 +188,59 @@ class RemoteBoard:
         self.actor = actor
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.actor.put.remote(("log", step, dict(metrics)))
+        self.tell("log", step, dict(metrics))
 
     def say(self, text: str) -> None:
-        self.actor.put.remote(("say", text))
+        self.tell("say", text)
+
+    def tell(self, kind: str, *content: Any) -> None:
+        self.actor.put.remote((kind, *content))
+
+
+class FailureNotes(UserCallback):
+    """In the controller: passes on why a group of workers broke. Must never raise."""
+
+    def __init__(self, actor: Any) -> None:
+        self.board = RemoteBoard(actor)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        with suppress(Exception):  # an exception here would end the run
+            preempted = any(getattr(e, "preempted", False) for e in worker_exceptions.values())
+            self.board.tell("failed", describe_failures(worker_exceptions), preempted)
+
+
+def describe_failures(errors: Mapping[int, BaseException]) -> str:
+    """One line: the rank that broke first, as far as the errors tell it from those it dragged along."""
+    died = [rank for rank, error in errors.items() if isinstance(error, RayError | WorkerLost)]
+    rank = min(died or errors)
+    error = root_cause(errors[rank])
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or "low on memory" in str(error):
+        what = "killed because its node ran out of memory"
+    elif isinstance(error, RayError | WorkerLost):
+        what = "its process died"
+    elif lost := re.search(r"\[([0-9a-f.:]+)\]:\d+: Connection \w+ by peer", str(error)):
+        what = f"lost its connection to {lost.group(1)}"
+    else:
+        what = reason(error)[:160]
+    return f"rank {rank}: {what}"
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception a user can act on, out of the layers Ray wraps around it."""
+    seen: list[BaseException | None] = [error]
+    while seen:
+        current = seen.pop()
+        if current is None:
+            continue
+        if isinstance(current, UserError):
+            return current
+        failures = getattr(current, "worker_failures", None) or {}
+        seen.extend(failures.values())
+        seen.append(getattr(current, "_base_exc", None))
+        if isinstance(current, ray.exceptions.RayTaskError):
+            seen.append(current.cause)
+        seen.append(current.__cause__)
+    return error
 
 
 class _Mailbox:
@@ -175,6 +249,7 @@ class _Mailbox:
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.stop = False
+        self.refused: UserError | None = None
 
     def put(self, event: tuple[Any, ...]) -> None:
         self.events.append(event)
@@ -189,10 +264,16 @@ class _Mailbox:
     def stopping(self) -> bool:
         return self.stop
 
+    def refuse(self, error: UserError) -> None:
+        self.refused = self.refused or error
+
+    def refusal(self) -> UserError | None:
+        return self.refused
+
 
 @contextmanager
-def mailbox(board: Board, stop: threading.Event) -> Iterator[Any]:
-    """An actor handle for workers; a thread here shows what arrives on `board`, passes `stop` on."""
+def mailbox(board: Board, interruptions: Interruptions, stop: threading.Event) -> Iterator[Any]:
+    """An actor handle for workers; a thread here shows and counts what arrives, passes `stop` on."""
     actor: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
     done = threading.Event()
 
@@ -208,10 +289,7 @@ def mailbox(board: Board, stop: threading.Event) -> Iterator[Any]:
             except ray.exceptions.RayError:
                 return  # the cluster is going; the run's own error says why
             for kind, *content in events:
-                if kind == "log":
-                    board.log(*content)
-                else:
-                    board.say(*content)
+                _pass_on(kind, content, board, interruptions)
             if last and not events:
                 return
 
@@ -222,6 +300,20 @@ def mailbox(board: Board, stop: threading.Event) -> Iterator[Any]:
     finally:
         done.set()
         thread.join(timeout=5)
+
+
+def _pass_on(kind: str, content: list[Any], board: Board, interruptions: Interruptions) -> None:
+    if kind == "log":
+        board.log(*content)
+    elif kind == "say":
+        board.say(*content)
+    elif kind == "started":
+        interruptions.started(*content)
+    elif kind == "noticed":
+        interruptions.noticed()
+    elif kind == "failed":
+        why, preempted = content
+        interruptions.failed(why, preempted=preempted)
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,18 @@ def derive(resolved: ResolvedJob, num_train: int, num_val: int) -> Derived:
         train.batch_size, resolved.recipe.bn_group, resolved.job.launch.workers,
         train.max_images_at_once,
     )  # fmt: skip
+    launch = resolved.job.launch
+    for workers in range(launch.workers + 1, (launch.max_workers or 0) + 1):
+        try:
+            plan_batch(
+                train.batch_size, resolved.recipe.bn_group, workers, train.max_images_at_once
+            )
+        except ConfigError as error:
+            raise ConfigError(
+                "launch.max_workers", "a batch for every number of workers up to it",
+                f"none for {workers} ({error.expected}, got {error.got})",
+                f"--workers {launch.workers}:{workers - 1}, or {error.remedy}",
+            ) from None  # fmt: skip
     spec = resolved.recipe.network
     if plan.group_size == 1 and spec.level_sizes_px()[spec.max_level] == 1:
         raise ConfigError(
@@ -327,7 +339,12 @@ def _check_numbers(job: TrainJob) -> None:
     for where, given, least in (
         ("launch.workers", job.launch.workers, 1),
         ("launch.threads_per_worker", job.launch.threads_per_worker, 1),
+        ("launch.max_workers", job.launch.max_workers, job.launch.workers),
+        ("launch.grow_every_s", job.launch.grow_every_s, 1),
         ("launch.max_failures", job.launch.max_failures, 0),
+        ("launch.max_preemptions", job.launch.max_preemptions, 0),
+        ("launch.collective_timeout_s", job.launch.collective_timeout_s, 1),
+        ("launch.hang_timeout_s", job.launch.hang_timeout_s, 1),
         ("launch.gpus_per_worker", job.launch.gpus_per_worker, 0),
         ("train.batch_size", job.train.batch_size, 1),
         ("train.bn_group", job.train.bn_group, 1),
@@ -338,11 +355,15 @@ def _check_numbers(job: TrainJob) -> None:
         ("data.val.first", job.data.val.first, 1),
         ("data.loader_workers", job.data.loader_workers, 0),
         ("evaluation.batch_size", job.evaluation.batch_size, 1),
-        ("checkpoint.keep_latest", job.checkpoint.keep_latest, 1),
+        # With one there would be nothing to go back to when it is damaged.
+        ("checkpoint.keep_latest", job.checkpoint.keep_latest, 2),
+        ("checkpoint.keep_best", job.checkpoint.keep_best, 0),
     ):
         if given is not None and given < least:
             raise ConfigError(where, f"at least {least}", str(given))
+    every = job.checkpoint.every_minutes
     for where, ok, expected, got in (
+        ("checkpoint.every_minutes", every is None or every > 0, "a positive number, or null", every),
         ("optim.lr_per_64", job.optim.lr_per_64 > 0, "a positive number", job.optim.lr_per_64),
         ("optim.ema_decay", 0 <= job.optim.ema_decay < 1, "0 <= decay < 1", job.optim.ema_decay),
         ("train.bn_momentum", 0 < job.train.bn_momentum <= 1, "0 < momentum <= 1", job.train.bn_momentum),

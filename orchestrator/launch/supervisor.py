@@ -7,26 +7,26 @@ or with its node. Fitting again under the same run name goes on from the newest 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
-import ray
-from ray.train import (
-    FailureConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-)
+from ray.exceptions import RayActorError
+from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
 
 from orchestrator.config.schema import LaunchConfig
 from orchestrator.errors import UserError
-from orchestrator.launch.ray_runtime import train_loop
+from orchestrator.launch.interruptions import Interruptions
+from orchestrator.launch.ray_runtime import FailureNotes, root_cause, train_loop
 
 BACKOFF_S = 5.0
+# How long Ray waits for resources it believes to be there before it looks again what is: after the
+# loss of a node it believes the wrong thing for a while.
+START_TIMEOUT_S = "10"
 
 
 def run_trainer(
@@ -37,7 +37,7 @@ def run_trainer(
     cpus_per_worker: float,
     name: str,
     storage_path: str,
-    say: Callable[[str], None],
+    interruptions: Interruptions,
 ) -> dict[str, Any]:
     """Rank 0's result.
 
@@ -48,52 +48,48 @@ def run_trainer(
     # Ray reports its own life at length; the board tells what a user needs of it.
     for noisy in ("ray.train", "ray.tune", "ray.data"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    left = launch.max_failures
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    controller_failures = 0
     while True:
         trainer = TorchTrainer(
             cast("Callable[[dict[Any, Any]], None]", train_loop),
             train_loop_config=config,
             torch_config=TorchConfig(timeout_s=launch.collective_timeout_s),
             scaling_config=ScalingConfig(
-                num_workers=launch.workers,
+                num_workers=(launch.workers, launch.max_workers)
+                if launch.max_workers
+                else launch.workers,
+                elastic_resize_monitor_interval_s=launch.grow_every_s,
                 use_gpu=gpus_per_worker > 0,
                 resources_per_worker={"CPU": cpus_per_worker}
                 | ({"GPU": gpus_per_worker} if gpus_per_worker > 0 else {}),
             ),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[arg-type]  # typed as the version before
                 name=name,
                 storage_path=storage_path,
-                failure_config=FailureConfig(max_failures=left),
+                failure_config=FailureConfig(
+                    max_failures=max(0, launch.max_failures - interruptions.here),
+                    max_preemption_failures=launch.max_preemptions,
+                ),
+                callbacks=[FailureNotes(config["board"])],
             ),
         )
         try:
             result: Result = trainer.fit()
-        except ControllerError as error:
-            if left <= 0:
+        except (ControllerError, RayActorError) as error:
+            # The controller itself died, with its node or with a storage error.
+            controller_failures += 1
+            why = " ".join(str(root_cause(error)).split())[:200]
+            interruptions.failed(f"the training controller: {why}", preempted=False)
+            if controller_failures > launch.max_failures:
                 raise
-            left -= 1
-            say(f"the training controller failed ({error}); starting it again, {left} tries left")
             time.sleep(BACKOFF_S)
             continue
         except TrainingFailedError as error:
             raise root_cause(error) from None
         # Ray types the loop as returning nothing and then hands on what rank 0 returned.
-        return cast("dict[str, Any]", cast(Any, result).return_value)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The exception a user can act on, out of the layers Ray wraps around it."""
-    seen: list[BaseException | None] = [error]
-    while seen:
-        current = seen.pop()
-        if current is None:
-            continue
-        if isinstance(current, UserError):
-            return current
-        failures = getattr(current, "worker_failures", None) or {}
-        seen.extend(failures.values())
-        seen.append(getattr(current, "_base_exc", None))
-        if isinstance(current, ray.exceptions.RayTaskError):
-            seen.append(current.cause)
-        seen.append(current.__cause__)
-    return error
+        returned = cast("dict[str, Any]", cast(Any, result).return_value)
+        refused = returned.get("refused")
+        if isinstance(refused, UserError):
+            raise refused
+        return returned

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +18,7 @@ from orchestrator.config.cli import Options
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError, DivergedError, UserError
 from orchestrator.launch import local, preflight
+from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.launchers import ROOT, Launcher, LocalLauncher, RayLauncher, check_launcher
 from orchestrator.launch.progress import Progress, duration, print_table
 from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
@@ -79,7 +81,8 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
             job, cpus=launcher.cpus, gpus=launcher.gpus, local=job.launch.launcher == "local"
         )
         rows.append(("hardware", launcher.describe(hardware)))
-        per_node = -(-job.launch.workers // launcher.nodes)
+        most = max(job.launch.workers, job.launch.max_workers or 0)
+        per_node = -(-min(most, int(launcher.most_workers(hardware))) // launcher.nodes)
         resolved, memory = preflight.check_memory(resolved, derived, hardware, per_node)
         rows.append(("memory", memory))
         resolved = preflight.with_loader_workers(resolved, hardware)
@@ -125,11 +128,15 @@ def _run_tracked(
         steps = store.steps()
         at = f"from step {steps[-1]}" if steps else "from its start, it has no checkpoint"
         progress.say(f"continuing unfinished run {run.run_id} {at} (--fresh starts a new one)")
+    interruptions = Interruptions(progress.say, partial(tracker.tag, run.run_id))
+    if run.continued:
+        interruptions.recall(tracker.tags(run.run_id))
+        interruptions.resumed()
     status, outcome, code = "FAILED", "failed", 1
     result: dict[str, Any] = {}
     try:
         with _interruptible():
-            result = launcher.run(assignment, hardware, progress)
+            result = launcher.run(assignment, hardware, progress, interruptions)
         diverged = result.get("diverged")
         if isinstance(diverged, DivergedError):
             outcome = "diverged"
@@ -147,7 +154,8 @@ def _run_tracked(
         if trouble:
             progress.say(f"the tracker could not be told that the run {outcome} ({trouble})")
     report = _report(resolved, derived, outcome, run, store, result)
-    _print_summary(resolved, report, tracker, began, out)
+    report |= {"interruptions": interruptions.counts(), "last_interruption": interruptions.last}
+    _print_summary(resolved, report, interruptions.describe(), tracker, began, out)
     return Outcome(code, report)
 
 
@@ -181,7 +189,12 @@ def _report(
 
 
 def _print_summary(
-    resolved: ResolvedJob, report: dict[str, Any], tracker: Tracker, began: float, out: TextIO
+    resolved: ResolvedJob,
+    report: dict[str, Any],
+    interrupted: str | None,
+    tracker: Tracker,
+    began: float,
+    out: TextIO,
 ) -> None:
     metrics = report["metrics"]
     scores = [
@@ -204,6 +217,8 @@ def _print_summary(
         rows.append(("damaged images", f"{report['damaged_images']} met and replaced"))
     if report["rolled_back"]:
         rows.append(("rolled back", "the loss was not finite once; trained on at half the rate"))
+    if interrupted:
+        rows.append(("interrupted", interrupted))
     for name in ("checkpoint", "best_checkpoint"):
         if report[name]:
             rows.append((name.replace("_", " "), str(report[name])))

@@ -86,7 +86,7 @@ def _initialise(source: str | None, classes: ClassMap, detector: Detector) -> No
 
 
 def train(
-    assignment: Assignment, runtime: ProcessGroupRuntime, store: BackgroundStore, board: Board
+    assignment: Assignment, runtime: ProcessGroupRuntime, store: BackgroundStore
 ) -> dict[str, Any]:
     """Run `fit` on this worker; the result as plain data, once its last checkpoint is committed.
 
@@ -113,6 +113,4 @@ def train(
             runtime.watchdog.close()
         store.wait()
     store.close()
-    if result.started_at_step and runtime.rank == 0:
-        board.say(f"went on from the checkpoint of step {result.started_at_step}")
     return asdict(result)

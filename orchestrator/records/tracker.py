@@ -24,6 +24,8 @@ from mlflow.tracking import MlflowClient
 from orchestrator.errors import TrackingError
 from orchestrator.storage.filesystems import reason
 
+logger = logging.getLogger(__name__)
+
 KEY, NAME, OUTCOME = "effdet.key", "effdet.name", "effdet.outcome"
 CHECKPOINTS = "effdet.checkpoints"
 MAX_PARAM_CHARS, MAX_PARAMS = 500, 100
@@ -148,6 +150,16 @@ class Tracker:
 
     def log_dict(self, run_id: str, content: Mapping[str, Any], file_name: str) -> None:
         self.client.log_dict(run_id, dict(content), file_name)
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        return dict(self.client.get_run(run_id).data.tags)
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Never raises: a tag is not worth a training."""
+        try:
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        except Exception as error:  # any trouble of any tracker
+            logger.warning("tags were not recorded (%s)", _cause(error))
 
     def end(self, run_id: str, *, status: str, outcome: str) -> str | None:
         """status: FINISHED, FAILED or KILLED; outcome: why, in a word or a line.

@@ -75,7 +75,10 @@ class BackgroundStore:
 
     def newest_valid(self) -> int | None:
         self.wait()
-        return self.store.newest_valid()
+        step = self.store.newest_valid()
+        if step is not None:
+            self.store.say(f"going on from the checkpoint of step {step}")
+        return step
 
     @contextmanager
     def open(self, step: int) -> Iterator[Path]:

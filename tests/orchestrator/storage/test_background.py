@@ -133,6 +133,7 @@ def test_a_run_whose_last_checkpoint_was_lost_is_no_success(
     store: BackgroundStore, write: Callable[..., Write]
 ) -> None:
     store.save(1, {}, write(1))
+    store.wait()
     store.save(2, {}, failing(write(2), FOR_EVER))
     with pytest.raises(StorageError, match=r"checkpoint of step 2.*503 slow down"):
         store.close()

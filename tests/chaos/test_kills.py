@@ -1,0 +1,71 @@
+"""Processes killed at random moments: the run ends with the weights it would have had anyway."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import Done, settings, train
+from helpers.jobs import Job, assert_same
+
+pytestmark = pytest.mark.integration
+SEED = 2026
+SHORT, LONG = 3, 20
+
+
+def arguments(kills: int) -> list[str]:
+    """Steps enough for all kills to fall into the run."""
+    limits = ("--set", "launch.max_failures=100", "--set", "launch.hang_timeout_s=8")
+    return [*settings(), *limits, "--steps", str(100 + 60 * kills)]
+
+
+@pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.chaos)])
+def test_kill_9_at_random(tmp_path: Path, kills: int) -> None:
+    """Workers, raylets and drivers; whoever started the driver starts it again."""
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = train(tmp_path / "undisturbed", *arguments(kills), timeout_s=600)
+    assert undisturbed.code == 0, undisturbed.err
+    draw = random.Random(SEED)
+    victims = ["worker", "raylet", "driver"]  # each at least once
+    victims += [draw.choice(victims) for _ in range(kills - len(victims))]
+    draw.shuffle(victims)
+    job = Job(tmp_path / "disturbed", *arguments(kills))
+    began, workers_killed = 0, 0
+    for victim in victims:
+        job.wait_for(lambda: job.step() > began and job.workers())
+        time.sleep(draw.uniform(0, 0.3))
+        began = job.step()
+        if victim == "worker":
+            workers_killed += 1
+            os.kill(draw.choice(job.workers()), signal.SIGKILL)
+            continue
+        if victim == "raylet":
+            os.kill(job.raylets()[0], signal.SIGKILL)
+            # It takes its workers along; the driver cannot go on without it and must say so soon.
+            assert job.process.wait(90) not in (0, 2), job.text()
+        else:
+            job.kill()
+        job = Job(tmp_path / "disturbed", *arguments(kills))
+    done: Done = job.finish(600)
+    assert_same(done, undisturbed)
+    assert done.report["interruptions"]["resumptions"] == kills - workers_killed
+    assert done.report["interruptions"]["failures"] >= workers_killed
+
+
+def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
+    """SIGSTOP: nothing breaks, nothing moves. The others name it and the group starts again."""
+    two = [*arguments(0), "--workers", "2", "--set", "train.bn_group=4"]
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = train(tmp_path / "undisturbed", *two)
+    assert undisturbed.code == 0, undisturbed.err
+    job = Job(tmp_path / "disturbed", *two)
+    job.wait_for(lambda: job.step() > 10 and len(job.workers()) == 2)
+    os.kill(max(job.workers()), signal.SIGSTOP)
+    done = job.finish()
+    assert_same(done, undisturbed)
+    assert "did not arrive: nothing was heard of it" in done.out
+    assert done.report["interruptions"]["failures"] == 1
