@@ -76,12 +76,14 @@ class CheckpointConfig:
     """uri: where checkpoints go (None: beside the MLflow run's artifacts).
 
     every_minutes: one is also saved when the last is that old, which bounds what a failure costs.
+    part_mib: files of twice that size and more go up to S3 in parts of it, several at once.
     Kept: the `keep_latest` newest, as many of those with an evaluation, and the `keep_best` best by
     `metric`.
     """
 
     uri: str | None = None
     every_minutes: float | None = 10.0
+    part_mib: int = 32
     keep_latest: int = 2
     keep_best: int = 1
     metric: str = "val/AP"

@@ -357,6 +357,7 @@ def _check_numbers(job: TrainJob) -> None:
         ("evaluation.batch_size", job.evaluation.batch_size, 1),
         # With one there would be nothing to go back to when it is damaged.
         ("checkpoint.keep_latest", job.checkpoint.keep_latest, 2),
+        ("checkpoint.part_mib", job.checkpoint.part_mib, 5),  # S3's least
         ("checkpoint.keep_best", job.checkpoint.keep_best, 0),
     ):
         if given is not None and given < least:

@@ -163,7 +163,9 @@ class CheckpointStore:
     def _upload(self, draft: Path) -> None:
         remote = f"{self.place.path}/{draft.name}"
         for file in sorted(draft.iterdir(), key=lambda file: file.name == META):
-            self.place.filesystem.put_file(str(file), f"{remote}/{file.name}")
+            self.place.filesystem.put_file(
+                str(file), f"{remote}/{file.name}", chunksize=self.config.part_mib * 2**20
+            )
 
     def _found(self) -> list[Kept]:
         found = []

@@ -20,7 +20,7 @@ class Job:
     def __init__(self, output: Path, *arguments: str, **env: str) -> None:
         self.output = output
         output.mkdir(exist_ok=True)
-        self.log = (output / "stdout.txt").open("a+")
+        self.log = (output / "stdout.txt").open("ab")
         self.began = self.log.tell()
         self.process = subprocess.Popen(
             command(*arguments, "--output", str(output), "--json"),
@@ -42,7 +42,7 @@ class Job:
 
     def text(self) -> str:
         """What this process printed."""
-        return Path(self.log.name).read_text()[self.began :]
+        return Path(self.log.name).read_bytes()[self.began :].decode()
 
     def step(self) -> int:
         """Of the newest checkpoint in the output folder."""

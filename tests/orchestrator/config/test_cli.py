@@ -183,3 +183,13 @@ def test_benchmark_options() -> None:
     assert job.model.phi == "2"
     assert (options.rounds, options.model_scale, options.gb_per_s) == (3, 64, 12.5)
     assert options.latency_us is None
+
+
+def test_workers_may_be_a_range() -> None:
+    for argv, least, most in (
+        (["--workers", "4"], 4, None),
+        (["--workers", "2:16"], 2, 16),
+        (["--workers", "2:16", "--workers", "8"], 8, None),  # takes the range back
+    ):
+        job, _ = parse(*argv)
+        assert (job.launch.workers, job.launch.max_workers) == (least, most)

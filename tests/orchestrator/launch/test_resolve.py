@@ -14,7 +14,13 @@ from model.data.shapes import CATEGORIES, ShapesConfig
 from model.network.scaling import ModelConfig
 from model.training.config import Duration
 from orchestrator.config.codec import decode, encode, merge, nest
-from orchestrator.config.schema import DataConfig, RunConfig, SplitConfig, TrainJob
+from orchestrator.config.schema import (
+    DataConfig,
+    LaunchConfig,
+    RunConfig,
+    SplitConfig,
+    TrainJob,
+)
 from orchestrator.errors import ConfigError, DataError, StorageError
 from orchestrator.launch.preflight import check_data
 from orchestrator.launch.resolve import ResolvedJob, derive, output_folder, resolve_job
@@ -335,3 +341,14 @@ def test_a_bucket_that_is_not_there_is_named(job: TrainJob, s3: str) -> None:
         resolve_job(changed(job, data__root="s3://nobody-has-this/set"))
     with pytest.raises(StorageError, match="a path or a URL fsspec knows"):
         resolve_job(changed(job, data__root="s4://bucket/set"))
+
+
+def test_every_number_of_workers_of_a_range_must_share_the_batch(job: TrainJob) -> None:
+    """A batch of 4 in groups of 2: 1 and 2 workers, 4 with shared groups, but never 3."""
+    train = replace(job.train, batch_size=4, bn_group=2)
+    asked = replace(job, train=train, launch=LaunchConfig(workers=1, max_workers=4))
+    resolved, train_index, val_index = resolve_job(asked)
+    with pytest.raises(ConfigError, match=r"launch.max_workers: .*none for 3 .*--workers 1:2, or"):
+        derive(resolved, len(train_index), len(val_index))
+    fits = replace(resolved, job=replace(asked, launch=LaunchConfig(workers=1, max_workers=2)))
+    assert derive(fits, len(train_index), len(val_index)).plan.world_size == 1
