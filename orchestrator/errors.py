@@ -17,12 +17,21 @@ class ClusterError(UserError):
     """A Ray cluster that is not there or lacks what was asked for."""
 
 
+class GaveUpError(Exception):
+    """A training that failed more often than it may. cause: the last failure."""
+
+    def __init__(self, failures: int, cause: BaseException) -> None:
+        self.failures, self.cause = failures, cause
+        super().__init__(f"gave up after {failures} failure(s)")
+
+
 __all__ = [
     "CheckpointError",
     "ClusterError",
     "ConfigError",
     "DataError",
     "DivergedError",
+    "GaveUpError",
     "StorageError",
     "TrackingError",
     "UserError",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +14,22 @@ import torch
 from model.data.folder import missing_images
 from model.data.index import ClassMap, CocoIndex
 from model.data.lint import check_images
+from model.data.sampler import plan_batch
 from model.detection.anchors import make_anchors
 from model.network.detector import Detector
 from model.network.footprint import GIB, activations
 from model.network.scaling import ModelConfig, resolve
 from model.training.initial import load_initial
-from orchestrator.config.schema import TrainJob
-from orchestrator.errors import ClusterError, ConfigError, DataError
+from orchestrator.config.schema import CheckpointConfig, TrainJob
+from orchestrator.errors import ClusterError, ConfigError, DataError, StorageError
 from orchestrator.launch.resolve import Derived, ResolvedJob, Split
+from orchestrator.storage.filesystems import Place
 from orchestrator.storage.weights import open_initial
 
 BASE_BYTES = 1.2 * GIB  # an idle worker: Python, torch, its libraries
 COPIES_OF_WEIGHTS = 4  # weights, gradients, momentum, average
+COPIES_IN_CHECKPOINT = 3  # weights, average, momentum
+OOM_MARGIN = 0.9  # of the images that did not fit; the estimate was wrong, so only a guess is left
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,49 @@ def check_memory(
             "train.bn_group", f"a worker to need at most {available / GIB:.1f} GiB", text, remedy
         )
     return resolved, f"{text}, {available / GIB:.1f} GiB there ({hardware.device_kind})"
+
+
+def check_space(place: Place, params: int, config: CheckpointConfig, where: str) -> str | None:
+    """What the checkpoints will take of a local disk; None elsewhere.
+
+    Raises:
+        StorageError: there is not even room for two, of which one replaces the other.
+    """
+    if place.local is None:
+        return None
+    each = params * 4 * COPIES_IN_CHECKPOINT
+    most = 2 * config.keep_latest + config.keep_best + 1
+    free = shutil.disk_usage(place.local).free
+    text = f"{each / 2**20:.0f} MiB a checkpoint, at most {most} of them; {free / GIB:.1f} GiB free"
+    if free < 2 * each:
+        raise StorageError(
+            where, f"room for two checkpoints of {each / 2**20:.0f} MiB",
+            f"{free / 2**20:.0f} MiB in {place.local}", "make room, or --set checkpoint.uri=URI",
+        )  # fmt: skip
+    return text + (" (not enough for all)" if free < most * each else "")
+
+
+def out_of_memory(resolved: ResolvedJob, world_size: int) -> ConfigError:
+    """What to do after a worker did not have the memory that preflight, or nobody, had foreseen."""
+    train, group = resolved.job.train, resolved.recipe.bn_group
+    at_once = plan_batch(
+        train.batch_size, group, world_size, train.max_images_at_once
+    ).images_at_once()
+    remedies = []
+    for images in range(int(OOM_MARGIN * at_once), 0, -1):
+        if train.batch_size % images:
+            continue
+        with suppress(ConfigError):
+            plan_batch(train.batch_size, images, world_size)
+            remedies.append(f"{images} image(s) should fit: set train.bn_group {images}")
+            break
+    if not resolved.recipe.checkpoint_activations:
+        remedies.append("compute activations again (--checkpoint-activations yes)")
+    remedies.append("choose a smaller --phi or --image-size")
+    return ConfigError(
+        "train.bn_group", "a worker to have the memory it needs",
+        f"out of memory with {at_once} image(s) at once", ", or ".join(remedies),
+    )  # fmt: skip
 
 
 def with_loader_workers(resolved: ResolvedJob, hardware: Hardware) -> ResolvedJob:

@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
 
 from orchestrator.config.schema import LaunchConfig
-from orchestrator.errors import UserError
+from orchestrator.errors import GaveUpError, UserError
 from orchestrator.launch.interruptions import Interruptions
+from orchestrator.launch.preflight import out_of_memory
 from orchestrator.launch.ray_runtime import FailureNotes, root_cause, train_loop
 
 BACKOFF_S = 5.0
@@ -43,7 +44,7 @@ def run_trainer(
 
     Raises:
         UserError: as raised in a worker.
-        TrainingFailedError: more failures than `launch.max_failures`.
+        GaveUpError: more failures than `launch.max_failures`.
     """
     # Ray reports its own life at length; the board tells what a user needs of it.
     for noisy in ("ray.train", "ray.tune", "ray.data"):
@@ -82,11 +83,17 @@ def run_trainer(
             why = " ".join(str(root_cause(error)).split())[:200]
             interruptions.failed(f"the training controller: {why}", preempted=False)
             if controller_failures > launch.max_failures:
-                raise
+                raise GaveUpError(interruptions.here, root_cause(error)) from None
             time.sleep(BACKOFF_S)
             continue
         except TrainingFailedError as error:
-            raise root_cause(error) from None
+            cause = root_cause(error)
+            if isinstance(cause, UserError):
+                raise cause from None
+            if isinstance(cause, OutOfMemoryError):
+                resolved = config["assignment"].resolved
+                raise out_of_memory(resolved, interruptions.workers or launch.workers) from None
+            raise GaveUpError(interruptions.here, cause) from None
         # Ray types the loop as returning nothing and then hands on what rank 0 returned.
         returned = cast("dict[str, Any]", cast(Any, result).return_value)
         refused = returned.get("refused")

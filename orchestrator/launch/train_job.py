@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from orchestrator.config.cli import Options
 from orchestrator.config.schema import TrainJob
-from orchestrator.errors import ConfigError, DivergedError, UserError
+from orchestrator.errors import ConfigError, DivergedError, GaveUpError, UserError
 from orchestrator.launch import local, preflight
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.launchers import ROOT, Launcher, LocalLauncher, RayLauncher, check_launcher
@@ -70,8 +70,13 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
         ("anchor recall", f"{recall:.1%} of training boxes overlap an anchor by half or more")
     )
     check_writable(open_place(str(resolved.output), "run.output"), "run.output")
+    checkpoints, where = open_place(str(resolved.output), "run.output"), "run.output"
     if job.checkpoint.uri is not None:
-        check_writable(open_place(job.checkpoint.uri, "checkpoint.uri"), "checkpoint.uri")
+        checkpoints, where = open_place(job.checkpoint.uri, "checkpoint.uri"), "checkpoint.uri"
+        check_writable(checkpoints, where)
+    space = preflight.check_space(checkpoints, derived.cost.params, job.checkpoint, where)
+    if space:
+        rows.append(("disk", space))
     uri = job.tracking.uri or f"sqlite:///{resolved.output / 'mlflow.db'}"
     tracker = Tracker(uri, job.tracking.experiment, resolved.output / "artifacts")
     rows.append(("tracker", f"{without_secret(uri)}, experiment {job.tracking.experiment}"))
@@ -148,6 +153,10 @@ def _run_tracked(
             status, outcome, code = "FINISHED", "finished", 0
     except KeyboardInterrupt:
         status, outcome, code = "KILLED", "interrupted", 130
+    except GaveUpError as error:
+        outcome = str(error)
+        progress.close()
+        print(f"failed: {interruptions.last or error}\n{error.cause}", file=sys.stderr)
     finally:
         progress.close()
         trouble = tracker.end(run.run_id, status=status, outcome=outcome)

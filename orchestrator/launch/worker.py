@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from model.data.index import ClassMap
 from model.errors import DivergedError
 from model.network.detector import Detector
@@ -15,6 +17,7 @@ from model.training.fit import FitResult, fit
 from model.training.initial import load_initial
 from model.training.runtime import ProcessGroupRuntime
 from model.training.watchdog import Watchdog
+from orchestrator.launch.preflight import out_of_memory
 from orchestrator.launch.resolve import ResolvedJob
 from orchestrator.records.spool import MetricSender, Spool
 from orchestrator.records.tracker import TrackedRun
@@ -85,6 +88,10 @@ def _initialise(source: str | None, classes: ClassMap, detector: Detector) -> No
             load_initial(detector, path, classes)
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def train(
     assignment: Assignment, runtime: ProcessGroupRuntime, store: BackgroundStore
 ) -> dict[str, Any]:
@@ -108,6 +115,10 @@ def train(
         )
     except DivergedError as error:
         return {"diverged": error}
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise out_of_memory(resolved, runtime.world_size) from None
     finally:
         if runtime.watchdog is not None:
             runtime.watchdog.close()

@@ -116,10 +116,12 @@ def test_the_newest_checkpoint_is_damaged(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("how", "seconds"), [("hangs", 30), ("refuses", 120)])
-def test_away_for_a_while(storage: Storage, tmp_path: Path, how: str, seconds: int) -> None:
+@pytest.mark.parametrize(("how", "seconds", "steps"), [("hangs", 30, 1500), ("refuses", 120, 4000)])
+def test_away_for_a_while(
+    storage: Storage, tmp_path: Path, how: str, seconds: int, steps: int
+) -> None:
     """Training goes on meanwhile: what it would have saved is saved when the storage is back."""
-    long = ["--set", "train.checkpoint_every={steps: 50}", "--steps", "6000"]
+    long = ["--set", "train.checkpoint_every={steps: 50}", "--steps", str(steps)]
     (tmp_path / "undisturbed").mkdir()
     through = train(tmp_path / "undisturbed", *ARGUMENTS, *long, *LOCAL, timeout_s=900)
     assert through.code == 0, through.err
@@ -129,7 +131,10 @@ def test_away_for_a_while(storage: Storage, tmp_path: Path, how: str, seconds: i
         storage.proxy.hang_s = float(seconds)
     else:
         storage.proxy.away = True
+    before = job.text()
     time.sleep(seconds)
+    assert job.process.poll() is None, "the run must be longer than the outage"
+    assert job.text() != before, "training did not stop"
     storage.proxy.hang_s, storage.proxy.away = 0.0, False
     done = job.finish(900)
     assert done.code == 0, done.out

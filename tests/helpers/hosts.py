@@ -152,19 +152,26 @@ class Network:
                 self.head.enter(*command), env=env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
             )
 
-    def alive(self) -> list[str]:
-        """Addresses of the nodes the cluster counts."""
-        code = (
-            "import ray; ray.init(address='auto', logging_level='ERROR', log_to_driver=False);"
-            "print('alive', *[n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']])"
-        )
+    def drain(self, host: Host, *, deadline_s: int) -> None:
+        """What the platform does that takes a spot node away: tell Ray, then wait."""
+        code = f"""
+import time, ray
+from ray._raylet import GcsClient
+ray.init(logging_level='ERROR', log_to_driver=False)
+(node,) = [n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == {host.address!r}]
+client = GcsClient(address={f"{self.head.address}:{PORT}"!r})
+from ray.core.generated import autoscaler_pb2
+print(client.drain_node(
+    node, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, 'spot',
+    int((time.time() + {deadline_s}) * 1000)))
+"""
         done = subprocess.run(
             self.head.enter(sys.executable, "-c", code),
             env=self.environment() | {"RAY_ADDRESS": f"{self.head.address}:{PORT}"},
             capture_output=True, text=True, cwd=self.folder, timeout=120,
         )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith("alive")]
-        return lines[-1].split()[1:] if lines else []
+        assert done.returncode == 0, done.stderr
+        assert "True" in done.stdout, done.stdout
 
     def _wait_for(self, host: Host) -> None:
         end = time.monotonic() + 120

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model.data.index import parse_coco
 from model.detection.anchors import make_anchors
 from model.network.footprint import GIB, activations
 from model.network.scaling import Phi
-from orchestrator.config.schema import DataConfig, LaunchConfig, TrainJob
-from orchestrator.errors import ClusterError, ConfigError, DataError
+from orchestrator.config.schema import CheckpointConfig, DataConfig, LaunchConfig, TrainJob
+from orchestrator.errors import ClusterError, ConfigError, DataError, StorageError
 from orchestrator.launch.preflight import (
     BASE_BYTES,
     COPIES_OF_WEIGHTS,
@@ -22,11 +23,14 @@ from orchestrator.launch.preflight import (
     as_params,
     check_data,
     check_memory,
+    check_space,
     choose_hardware,
     describe_data,
     describe_model,
+    out_of_memory,
 )
 from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
+from orchestrator.storage.filesystems import open_place
 
 Ready = tuple[ResolvedJob, Derived]
 
@@ -232,3 +236,52 @@ def test_anchor_recall(ready: Ready, kind: str, expected: float) -> None:
     }
     index = parse_coco(json.dumps(document).encode(), "train.json")
     assert anchor_recall(resolved, index) == pytest.approx(expected)
+
+
+def test_checkpoints_need_room(tmp_path: Path) -> None:
+    place = open_place(str(tmp_path), "run.output")
+    config = CheckpointConfig()
+    said = check_space(place, 10_000_000, config, "run.output")
+    assert said is not None
+    assert said.startswith("114 MiB a checkpoint, at most 6 of them; ")
+    with pytest.raises(
+        StorageError, match=r"run.output: expected room for two checkpoints of .* MiB"
+    ):
+        check_space(place, 10**14, config, "run.output")
+    assert check_space(open_place("memory://x", "w"), 10**14, config, "w") is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "fits"), [(8, 8, "set train.bn_group 4,"), (4, 1, "compute activations")]
+)
+def test_after_running_out_of_memory_the_number_that_fits_is_named(
+    job: TrainJob, batch: int, group: int, fits: str
+) -> None:
+    train = replace(job.train, batch_size=batch, bn_group=group)
+    resolved, _, _ = resolve_job(replace(job, train=train))
+    error = out_of_memory(resolved, 1)
+    assert f"out of memory with {group} image(s) at once" in str(error)
+    assert fits in error.remedy
+
+
+def test_a_worker_says_which_batch_fits(
+    job: TrainJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The device's own error, with what to do instead of an address and a number of bytes."""
+    from model.training.runtime import LocalRuntime
+    from orchestrator.launch import worker
+    from orchestrator.storage.background import BackgroundStore
+    from orchestrator.storage.checkpoints import CheckpointStore
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(worker, "fit", full)
+    place = open_place(str(tmp_path / "checkpoints"), "test")
+    store = BackgroundStore(CheckpointStore(place, job.checkpoint, say=print))
+    resolved, _, _ = resolve_job(job)
+    run = worker.TrackedRun("sqlite://", "0", "run", "artifacts", False)
+    assignment = worker.Assignment(resolved, run, place.uri)
+    runtime = LocalRuntime(store=store, sink=lambda step, metrics: None)
+    with pytest.raises(ConfigError, match=r"out of memory with 4 image.* set train.bn_group 2,"):
+        worker.train(assignment, runtime, store)
