@@ -13,7 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -62,6 +62,8 @@ def verdict(
             f"{where}: {lost.describe()} did not arrive: nothing was heard of it for "
             f"{lost.silent_s:.0f} s, last in step {lost.step + 1} ({lost.phase})"
         )
+    if any(report.order() > me.order() for report in others):
+        return None  # this rank is the late one, and they say so
     behind = [report for report in others if report.order() < me.order()]
     busy = [r for r in behind if r.phase != "step" and r.age_s <= patience_s]
     if busy or (me.phase != "step" and me.age_s <= patience_s):
@@ -100,12 +102,18 @@ class Watchdog:
         self._place = (0, "restore", time.monotonic())
         self._first: int | None = None
         self._closing = threading.Event()
-        if world_size > 1:
-            shared = dist.distributed_c10d._get_default_store()
-            for work in (self._report, self._judge):
-                store = shared.clone()  # one that hangs must not hold up the other
-                store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
-                threading.Thread(target=work, args=(store,), name="watchdog", daemon=True).start()
+        self._heard: dict[int, tuple[str, float, Report]] = {}
+        self._read_at: float | None = None
+        if world_size == 1:
+            return
+        shared = dist.distributed_c10d._get_default_store()
+        # Where rank 0 stands still, calls of its store never return; so each thread has a
+        # connection of its own, and the one that judges has none.
+        for work in (self._report, self._read):
+            store = shared.clone()
+            store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+            threading.Thread(target=work, args=(store,), name="watchdog", daemon=True).start()
+        threading.Thread(target=self._judge, name="watchdog", daemon=True).start()
 
     def arrive(self, step: int, phase: str) -> None:
         """Called by the training thread; costs nothing."""
@@ -130,27 +138,44 @@ class Watchdog:
             except RuntimeError:
                 continue  # the store's rank is gone or far; the judge says so
 
-    def _judge(self, store: Any) -> None:
-        seen: dict[int, tuple[str, float, Report]] = {}
+    def _read(self, store: Any) -> None:
+        """Keeps what the others report while this rank waits for long."""
         while not self._closing.wait(REPORT_EVERY_S):
-            step, phase, since = self._place
-            stepped = self._first is not None and step > self._first
-            timeout = self.timeout_s if stepped else self.patience_s
-            me = Report(self.rank, platform.node(), step, phase, time.monotonic() - since)
-            if me.age_s < timeout / 2:
-                seen.clear()
+            if self._me().age_s < self._timeout_s() / 2:
+                self._heard, self._read_at = {}, None
                 continue
-            speaker = self.rank
             try:
-                others = self._read(store, seen)
-            except RuntimeError as error:
-                if me.age_s <= timeout:
-                    continue
+                for rank in set(range(self.world_size)) - {self.rank}:
+                    key = f"watchdog/{rank}"
+                    text = store.get(key).decode() if store.check([key]) else ""
+                    if rank not in self._heard or self._heard[rank][0] != text:
+                        self._heard[rank] = (text, time.monotonic(), _parse(rank, text))
+            except RuntimeError:
+                continue
+            self._read_at = time.monotonic()
+
+    def _judge(self) -> None:
+        while not self._closing.wait(REPORT_EVERY_S):
+            me, timeout_s, since = self._me(), self._timeout_s(), self._place[2]
+            if me.age_s <= timeout_s:
+                continue
+            now = time.monotonic()
+            unread_s = now - self._read_at if self._read_at else me.age_s - timeout_s / 2
+            if unread_s > timeout_s / 2:
+                # The store is rank 0's: what keeps it from answering keeps rank 0 from arriving.
                 why: str | None = (
-                    f"step {step + 1}: rank 0 cannot be reached ({str(error).splitlines()[0]})"
+                    f"step {me.step + 1}: rank 0 did not arrive: nothing was heard of it for "
+                    f"{unread_s:.0f} s"
                 )
+                speaker = 1
+            elif self._read_at is None:
+                continue
             else:
-                why = verdict(me, others, timeout_s=timeout, patience_s=self.patience_s)
+                others = [
+                    _aged(report, now - heard_at)
+                    for _, heard_at, report in list(self._heard.values())
+                ]
+                why = verdict(me, others, timeout_s=timeout_s, patience_s=self.patience_s)
                 waiting = [r.rank for r in others if not r.silent_s and r.order() >= me.order()]
                 speaker = min([self.rank, *waiting])
             if why is None or self._closing.is_set() or self._place[2] != since:
@@ -163,26 +188,19 @@ class Watchdog:
             self.end(EXIT_CODE)
             return
 
-    def _read(self, store: Any, seen: dict[int, tuple[str, float, Report]]) -> list[Report]:
-        now = time.monotonic()
-        reports = []
-        for rank in range(self.world_size):
-            if rank == self.rank:
-                continue
-            key = f"watchdog/{rank}"
-            text = store.get(key).decode() if store.check([key]) else ""
-            before = seen.get(rank)
-            if before is None or before[0] != text:
-                seen[rank] = (text, now, _parse(rank, text))
-            _, heard_at, report = seen[rank]
-            silent = now - heard_at
-            reports.append(
-                Report(
-                    rank, report.host, report.step, report.phase, report.age_s + silent,
-                    silent if silent > 2 * REPORT_EVERY_S else 0.0,
-                )
-            )  # fmt: skip
-        return reports
+    def _me(self) -> Report:
+        step, phase, since = self._place
+        return Report(self.rank, platform.node(), step, phase, time.monotonic() - since)
+
+    def _timeout_s(self) -> float:
+        stepped = self._first is not None and self._place[0] > self._first
+        return self.timeout_s if stepped else self.patience_s
+
+
+def _aged(report: Report, unheard_s: float) -> Report:
+    """As it is to be seen when nothing new has come for a while."""
+    silent_s = unheard_s if unheard_s > 2 * REPORT_EVERY_S else 0.0
+    return replace(report, age_s=report.age_s + unheard_s, silent_s=silent_s)
 
 
 def _parse(rank: int, text: str) -> Report:

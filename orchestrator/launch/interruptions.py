@@ -29,6 +29,7 @@ class Interruptions:
     """Failures since this process began."""
     _noticed: bool = False
     _failed: bool = False
+    _blamed: str | None = None
 
     def recall(self, tags: Mapping[str, str]) -> None:
         """Go on counting from a run's tags."""
@@ -45,12 +46,17 @@ class Interruptions:
         self._noticed = True
         self.say("a node is about to be taken away: saving now and often until it is gone")
 
+    def blamed(self, why: str) -> None:
+        """Ranks that waited in vain say for whom, before they end and look as if they had failed."""
+        self._blamed = why
+        self.say(why)
+
     def failed(self, why: str, *, preempted: bool) -> None:
         """The group of workers broke. Further news of the same group is not counted again."""
         if self._failed:
             return
         self._failed = True
-        self.last = why
+        self.last = why = self._blamed or why
         if preempted or self._noticed:
             self.preemptions += 1
             self.say(f"a node was taken away ({why}): starting again from the newest checkpoint")
@@ -73,7 +79,7 @@ class Interruptions:
             self._keep()
         if before is not None and before != workers:
             self.say(f"training goes on with {workers} worker(s), {before} before")
-        self._noticed = self._failed = False
+        self._noticed, self._failed, self._blamed = False, False, None
 
     def describe(self) -> str | None:
         """For the summary; None if nothing happened."""

@@ -167,7 +167,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         store=store,
         sink=recorder or (lambda step, metrics: None),
         save_every_s=assignment.save_every_s,
-        watchdog=open_watchdog(assignment, rank, context.get_world_size(), board.say),
+        watchdog=open_watchdog(assignment, rank, context.get_world_size(), board.blame),
         asked_to_stop=StopRequests(actor) if rank == 0 else lambda: False,
         on_notice=lambda: board.tell("noticed"),
     )
@@ -192,6 +192,10 @@ class RemoteBoard:
 
     def say(self, text: str) -> None:
         self.tell("say", text)
+
+    def blame(self, text: str) -> None:
+        """Of the watchdog."""
+        self.tell("blamed", text)
 
     def tell(self, kind: str, *content: Any) -> None:
         self.actor.put.remote((kind, *content))
@@ -311,6 +315,8 @@ def _pass_on(kind: str, content: list[Any], board: Board, interruptions: Interru
         interruptions.started(*content)
     elif kind == "noticed":
         interruptions.noticed()
+    elif kind == "blamed":
+        interruptions.blamed(*content)
     elif kind == "failed":
         why, preempted = content
         interruptions.failed(why, preempted=preempted)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from helpers import Done, settings, train  # noqa: E402
+from helpers import ROOT, Done, settings, train  # noqa: E402
 from helpers.jobs import Job  # noqa: E402
 
 ROUNDS = 3
@@ -149,7 +149,9 @@ def node_to_step(folder: Path) -> dict[str, float]:
                 "--set", f"checkpoint.uri={own}/out/checkpoints", "--json",
             ]  # fmt: skip
             log = own / "log"
-            driver = network.driver(sys.executable, "jobs/train.py", *arguments, log=log)
+            driver = network.driver(
+                sys.executable, str(ROOT / "jobs" / "train.py"), *arguments, log=log
+            )
             while not list(own.glob("out/checkpoints/*/step_0000005?/meta.json")):
                 assert driver.poll() is None, log.read_text()
                 time.sleep(0.02)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Done, hosts, settings, train
+from helpers import ROOT, Done, hosts, settings, train
 from helpers.jobs import assert_same
 
 pytestmark = [
@@ -34,7 +34,7 @@ class Training:
         out.mkdir()
         self.checkpoints = out / "checkpoints"
         self.driver = network.driver(
-            sys.executable, "jobs/train.py", *COMMON, *arguments, "--output", str(out),
+            sys.executable, str(ROOT / "jobs" / "train.py"), *COMMON, *arguments, "--output", str(out),
             "--set", f"checkpoint.uri={self.checkpoints}", "--json", log=self.log,
         )  # fmt: skip
 
@@ -83,7 +83,7 @@ def undisturbed(folder: Path, steps: int) -> Done:
 
 def test_a_node_is_lost_and_another_joins(network: hosts.Network, tmp_path: Path) -> None:
     """2 -> 1 -> 2 workers; the curve is that of one worker that was never disturbed."""
-    steps = 500
+    steps = 400
     job = Training(network, "--workers", "1:2", "--steps", str(steps))
     job.wait_for(lambda: job.step() >= 30)
     network.hosts[1].kill()

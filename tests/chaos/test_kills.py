@@ -61,6 +61,7 @@ def _trains_beyond(job: Job, step: int) -> bool:
     return job.step() > step and bool(job.workers())
 
 
+@pytest.mark.chaos
 def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
     """SIGSTOP: nothing breaks, nothing moves. The others name it and the group starts again."""
     two = [*arguments(0), "--workers", "2", "--set", "train.bn_group=4"]
@@ -72,5 +73,5 @@ def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
     os.kill(max(job.workers()), signal.SIGSTOP)
     done = job.finish()
     assert_same(done, undisturbed)
-    assert "did not arrive: nothing was heard of it" in done.out
     assert done.report["interruptions"]["failures"] == 1
+    assert "did not arrive: nothing was heard of it" in done.report["last_interruption"]

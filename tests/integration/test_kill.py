@@ -27,16 +27,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return done
 
 
-def test_worker_killed(undisturbed: Done, tmp_path: Path) -> None:
-    job = Job(tmp_path / "out", *ARGUMENTS)
-    job.wait_for(lambda: job.step() and job.workers())
-    time.sleep(0.2)
-    os.kill(job.workers()[0], signal.SIGKILL)
-    done = job.finish()
-    assert "going on from the checkpoint of step" in done.out
-    assert_same(done, undisturbed)
-
-
 def test_driver_killed_and_same_command(undisturbed: Done, tmp_path: Path) -> None:
     job = Job(tmp_path / "out", *ARGUMENTS)
     job.wait_for(lambda: job.step() and job.workers())

@@ -39,6 +39,7 @@ def report(rank: int, step: int, phase: str, age_s: float, silent_s: float = 0.0
         (report(0, 7, "step", 50), report(1, 7, "data", 61, 31), None),
         # The one that is waited for does not accuse those that wait.
         (report(1, 7, "data", 100), report(0, 7, "step", 100), None),
+        (report(1, 6, "step", 100), report(0, 7, "step", 100), None),
     ],
 )
 def test_verdict(me: Report, other: Report, expected: str | None) -> None:
@@ -47,7 +48,7 @@ def test_verdict(me: Report, other: Report, expected: str | None) -> None:
     assert expected is None or expected in str(said)
 
 
-def _wait(rank: int, folder: str, how: str) -> None:
+def _wait(rank: int, folder: str, how: str, late: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{Path(folder, 'port').read_text()}",
@@ -59,7 +60,7 @@ def _wait(rank: int, folder: str, how: str) -> None:
     )
     for step in range(3):
         watchdog.arrive(step, "data")
-        if step == 2 and rank == 1:
+        if step == 2 and rank == late:
             (Path(folder) / "ready").touch()
             if how == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -74,22 +75,27 @@ def _write(path: Path, text: str) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("how", ["stopped", "stuck"])
-def test_the_rank_that_does_not_arrive_is_named(tmp_path: Path, how: str) -> None:
+def test_the_rank_that_does_not_arrive_is_named(tmp_path: Path, how: str, late: int) -> None:
+    """Also rank 0, in whose process the store lives that all report to."""
     from helpers import free_ports
 
     (tmp_path / "port").write_text(str(free_ports(1)[0]))
     context = mp.get_context("spawn")
-    ranks = [context.Process(target=_wait, args=(rank, str(tmp_path), how)) for rank in (0, 1)]
+    ranks = [
+        context.Process(target=_wait, args=(rank, str(tmp_path), how, late)) for rank in (0, 1)
+    ]
     for process in ranks:
         process.start()
     try:
-        ranks[0].join(90)
-        assert ranks[0].exitcode == EXIT_CODE
-        said = (tmp_path / "said-0").read_text()
-        assert said.startswith("step 3: rank 1 on ")
+        waiting = 1 - late
+        ranks[waiting].join(90)
+        assert ranks[waiting].exitcode == EXIT_CODE
+        said = (tmp_path / f"said-{waiting}").read_text()
+        assert said.startswith(f"step 3: rank {late} ")
         assert ("nothing was heard" if how == "stopped" else "it is in step 2 (step)") in said
-        assert not (tmp_path / "said-1").exists()
+        assert not (tmp_path / f"said-{late}").exists()
     finally:
         for process in ranks:
             process.kill()

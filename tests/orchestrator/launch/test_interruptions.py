@@ -39,6 +39,16 @@ def test_a_failure_is_counted_once_however_many_ranks_report_it(seen: Interrupti
     assert seen.describe() == "1 failure(s); the last: rank 1: its process died"
 
 
+def test_a_rank_that_did_not_arrive_is_the_reason(seen: Interruptions, told: list[str]) -> None:
+    seen.started(2)
+    seen.blamed("step 7: rank 1 on here did not arrive")
+    seen.failed("rank 0: its process died", preempted=False)
+    assert seen.last == "step 7: rank 1 on here did not arrive"
+    seen.started(2)
+    seen.failed("rank 0: its process died", preempted=False)
+    assert seen.last == "rank 0: its process died"
+
+
 @pytest.mark.parametrize("how", ["ray knows", "notice before", "notice and no error"])
 def test_a_preemption_is_no_failure(seen: Interruptions, how: str) -> None:
     seen.started(2)
