@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 MOST_REPLACEMENTS = 10  # in a row: then the storage is broken, not an image
 OnDamage = Literal["replace", "blank", "fail"]
 Reader = Callable[[str], bytes]
-"""File name of an image, as in the annotations -> its bytes. Raises OSError."""
+"""File name of an image, as in the annotations -> its bytes. Raises OSError.
+
+One that has far to go may also have `ahead(names)`, which begins to fetch what will soon be read.
+"""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,12 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
                 return self._blank(image)
             chosen = int(others.integers(len(self)))
         raise AssertionError("unreachable")
+
+    def read_ahead(self, keys: Sequence[tuple[int, int]]) -> None:
+        """Says which samples come soon."""
+        ahead = getattr(self.read, "ahead", None)
+        if ahead is not None:
+            ahead([str(self.index.file_names[image]) for _, image in keys])
 
     def _blank(self, image: int) -> Sample:
         height, width = (int(side) for side in self.index.sizes_hw[image])

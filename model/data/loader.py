@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
+from typing import cast
 
 import torch
 from torch.utils.data import DataLoader
 
 from model.data.dataset import Batch, DetectionDataset, Sample, collate
 from model.data.sampler import StepSampler, evaluation_share
+
+READ_AHEAD = 4  # batches
 
 
 def training_loader(
@@ -36,6 +40,25 @@ def evaluation_batches(
     yield from _loader(dataset, batches, workers, device)
 
 
+class ReadAhead:
+    """Batches as they come, each announced to the dataset READ_AHEAD batches before its turn."""
+
+    def __init__(self, batches: Iterable[list[tuple[int, int]]], dataset: DetectionDataset) -> None:
+        self.batches, self.dataset = batches, dataset
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.batches))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        coming: deque[list[tuple[int, int]]] = deque()
+        for batch in self.batches:
+            self.dataset.read_ahead(batch)
+            coming.append(batch)
+            if len(coming) > READ_AHEAD:
+                yield coming.popleft()
+        yield from coming
+
+
 def _loader(
     dataset: DetectionDataset,
     batches: Iterable[list[tuple[int, int]]],
@@ -44,7 +67,7 @@ def _loader(
 ) -> DataLoader[Sample]:
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=ReadAhead(batches, dataset),
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",

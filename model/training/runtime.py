@@ -100,7 +100,7 @@ class ProcessGroupRuntime:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.store, self.sink = store, sink
         self.save_every_s, self.clock = save_every_s, clock
-        self._saved_at = clock()
+        self.saved_at = clock()
 
     @contextmanager
     def restore(self) -> Iterator[Path | None]:
@@ -124,7 +124,7 @@ class ProcessGroupRuntime:
     def save(
         self, step: int, metrics: Mapping[str, float], write: Callable[[Path], None] | None
     ) -> None:
-        self._saved_at = self.clock()
+        self.saved_at = self.clock()
         if self.store is not None and write is not None:
             self.store.save(step, metrics, write)
 
@@ -143,7 +143,7 @@ class ProcessGroupRuntime:
         """Clocks differ: rank 0's counts."""
         if self.rank != 0 or self.save_every_s is None or self.store is None:
             return 0
-        return int(self.clock() - self._saved_at >= self.save_every_s)
+        return int(self.clock() - self.saved_at >= self.save_every_s)
 
 
 class LocalRuntime(ProcessGroupRuntime):

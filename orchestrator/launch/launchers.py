@@ -112,16 +112,25 @@ class RayLauncher(Launcher):
         progress: Progress,
         interruptions: Interruptions,
     ) -> dict[str, Any]:
-        from orchestrator.launch import ray_runtime, supervisor
+        from orchestrator.launch import supervisor
+        from orchestrator.launch.mailbox import mailbox
+        from orchestrator.launch.ray_runtime import room_for
 
-        stop = threading.Event()
+        stop, launch = threading.Event(), assignment.resolved.job.launch
+
+        def room() -> int:
+            if launch.max_workers is None:
+                return 0
+            fits = room_for(hardware.cpus_per_worker, hardware.gpus_per_worker)
+            return min(fits, launch.max_workers)
+
         with (
             _sigterm_sets(stop, progress),
-            ray_runtime.mailbox(progress, interruptions, stop) as board,
+            mailbox(progress, interruptions, stop, room) as board,
         ):
             return supervisor.run_trainer(
                 {"assignment": assignment, "board": board},
-                assignment.resolved.job.launch,
+                launch,
                 gpus_per_worker=hardware.gpus_per_worker,
                 cpus_per_worker=hardware.cpus_per_worker,
                 name=assignment.run.run_id,

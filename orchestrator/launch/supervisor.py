@@ -21,8 +21,9 @@ from ray.train.v2.api.exceptions import ControllerError
 from orchestrator.config.schema import LaunchConfig
 from orchestrator.errors import GaveUpError, UserError
 from orchestrator.launch.interruptions import Interruptions
+from orchestrator.launch.mailbox import FailureNotes, root_cause
 from orchestrator.launch.preflight import out_of_memory
-from orchestrator.launch.ray_runtime import FailureNotes, root_cause, train_loop
+from orchestrator.launch.ray_runtime import train_loop
 
 BACKOFF_S = 5.0
 # How long Ray waits for resources it believes to be there before it looks again what is: after the

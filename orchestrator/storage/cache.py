@@ -13,13 +13,17 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from orchestrator.errors import StorageError
 from orchestrator.storage.retry import retrying
 
+READERS = 16  # images on their way at once
 LOOK_EVERY = 64  # files written by this process between two looks at the cache's size
 
 
@@ -42,10 +46,14 @@ class NodeCache:
         with suppress(OSError):
             data = kept.read_bytes()
             os.utime(kept)
-            return data
+            if data:  # a machine that lost power may have kept the name without the content
+                return data
         data = fetch(place / name)
         self._keep(kept, data)
         return data
+
+    def has(self, place: Path, name: str) -> bool:
+        return (self.folder / _hash(str(place)) / _hash(name)).exists()
 
     def whole(self, path: Path) -> bytes:
         """Content of an annotation file as it is now; one process of the node fetches it.
@@ -115,9 +123,25 @@ class CachedReader:
 
     place: Path
     cache: NodeCache
+    _pool: ThreadPoolExecutor | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, name: str) -> bytes:
         return self.cache.image(self.place, name)
+
+    def ahead(self, names: Sequence[str]) -> None:
+        """Begin to fetch images that will soon be asked for, READERS at a time; returns at once."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
+        for name in names:
+            if not self.cache.has(self.place, name):
+                self._pool.submit(self._fetch, name)
+
+    def _fetch(self, name: str) -> None:
+        with suppress(OSError, StorageError):  # whoever asks for the image will be told
+            self.cache.image(self.place, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pool": None}
 
 
 def fetch(path: Path) -> bytes:

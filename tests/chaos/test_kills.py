@@ -75,3 +75,18 @@ def test_a_worker_that_stands_still_is_replaced(tmp_path: Path) -> None:
     assert_same(done, undisturbed)
     assert done.report["interruptions"]["failures"] == 1
     assert "did not arrive: nothing was heard of it" in done.report["last_interruption"]
+
+
+@pytest.mark.chaos
+def test_the_head_dies(tmp_path: Path) -> None:
+    """Its cluster cannot be saved; the driver says so soon, and the same command goes on."""
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = train(tmp_path / "undisturbed", *arguments(0))
+    assert undisturbed.code == 0, undisturbed.err
+    job = Job(tmp_path / "disturbed", *arguments(0))
+    job.wait_for(lambda: job.step() > 10 and job.workers())
+    for pid in job.below("/gcs/gcs_server "):
+        os.kill(pid, signal.SIGKILL)
+    job.process.wait(180)
+    done = Job(tmp_path / "disturbed", *arguments(0)).finish()
+    assert_same(done, undisturbed)

@@ -7,7 +7,7 @@ import ray.exceptions
 
 from model.errors import DataError
 from orchestrator.launch.interruptions import Interruptions
-from orchestrator.launch.ray_runtime import WorkerLost, describe_failures
+from orchestrator.launch.mailbox import WorkerLost, describe_failures
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.training.runtime import Decision
+from orchestrator.launch.mailbox import Requests
 from orchestrator.launch.ray_runtime import SAVE_EVERY_S_ON_NOTICE, Notices, RayRuntime
 from orchestrator.storage.checkpoints import CheckpointStore
 
@@ -27,6 +28,16 @@ class Ticking:
     def __call__(self) -> float:
         self.now += self.pace
         return self.now
+
+
+class Asked(Requests):
+    """The driver asks to stop in the last step."""
+
+    def __init__(self, decisions: list[Decision]) -> None:
+        self.decisions, self.stop, self.hurry = decisions, False, False
+
+    def look(self) -> None:
+        self.stop = len(self.decisions) == STEPS - 1
 
 
 def _decide(rank: int, folder: str) -> None:
@@ -48,7 +59,7 @@ def _decide(rank: int, folder: str) -> None:
 
     runtime = RayRuntime(
         rank=rank, world_size=2, device=torch.device("cpu"), store=None,
-        sink=lambda step, metrics: None, asked_to_stop=lambda: rank == 1 and len(decisions) == STEPS - 1,
+        sink=lambda step, metrics: None, requests=Asked(decisions) if rank == 0 else None,
         notices=Notices(clock, ask),
     )  # fmt: skip
     while len(decisions) < STEPS:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import subprocess
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,44 @@ def test_a_run_whose_last_checkpoint_was_lost_is_no_success(
     with pytest.raises(StorageError, match=r"checkpoint of step 2.*503 slow down"):
         store.close()
     assert store.store.steps() == [1]
+
+
+@pytest.mark.integration
+def test_a_full_disk_is_waited_for(
+    tmp_path: Path, write: Callable[..., Write], said: list[str]
+) -> None:
+    """A real one: what was there stays whole, and what is saved later is saved."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = _mount("-t", "tmpfs", "-o", "size=64k", "none", str(disk))
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        plain = CheckpointStore(open_place(str(disk), "test"), CheckpointConfig(), say=said.append)
+        store = BackgroundStore(plain, sleep=lambda seconds: time.sleep(0.02))
+        store.save(1, {}, write(1))
+        store.wait()
+        ballast = disk / "ballast"
+        with suppress(OSError), ballast.open("wb") as file:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
+        store.save(2, {}, write(2))
+        while not said:
+            time.sleep(0.02)
+        assert said[0].startswith("the checkpoint of step 2 is tried again: ")
+        assert "No space left on device" in said[0]
+        assert plain.newest_valid() == 1
+        ballast.unlink()
+        store.close()
+        assert plain.steps() == [1, 2]
+        assert not list(disk.glob(".writing-*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def _mount(*arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        return subprocess.CompletedProcess(arguments, 1, "", str(error))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,41 @@ def test_a_name_cannot_leave_the_cache(bucket: str, s3_client: Any, cache: NodeC
         reader = CachedReader(open_path(f"s3://{bucket}/set", "test"), cache)
         assert reader("../../../outside.jpg") == b"content"
     assert not list(cache.folder.parent.rglob("outside.jpg"))
+
+
+def test_images_are_read_ahead(
+    bucket: str, s3_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes soon is fetched meanwhile, several at once, never more than there are readers."""
+    from orchestrator.storage import cache as module
+
+    names = [f"{number}.jpg" for number in range(40)]
+    for name in names:
+        put(s3_client, bucket, f"set/{name}", name.encode())
+    reader = CachedReader(
+        open_path(f"s3://{bucket}/set", "test"), NodeCache(tmp_path / "cache", 10**6)
+    )
+    busy, most, lock, real = 0, 0, threading.Lock(), module.fetch
+
+    def slow(path: Path) -> bytes:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.05)
+        data = real(path)
+        with lock:
+            busy -= 1
+        return data
+
+    monkeypatch.setattr(module, "fetch", slow)
+    began = time.monotonic()
+    reader.ahead([*names, "gone.jpg"])
+    assert time.monotonic() - began < 1, "it does not wait"
+    end = time.monotonic() + 30
+    while not all(reader.cache.has(reader.place, name) for name in names):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert 1 < most <= module.READERS
+    monkeypatch.setattr(module, "fetch", lambda path: pytest.fail(f"{path} is fetched again"))
+    assert [reader(name) for name in names] == [name.encode() for name in names]

@@ -1,0 +1,204 @@
+"""Between the driver and the workers of a TorchTrainer: what happens, and what is asked for."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError
+from ray.train import UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerLost
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.errors import UserError
+from orchestrator.launch.interruptions import Interruptions
+from orchestrator.launch.worker import Board
+from orchestrator.storage.filesystems import reason
+
+POLL_S = 0.25
+ASK_EVERY_S = 0.5
+LOOK_FOR_ROOM_EVERY_S = 2.0
+
+
+class RemoteBoard:
+    """Passes what happens to the driver; calls return at once and their failure is nobody's."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.tell("log", step, dict(metrics))
+
+    def say(self, text: str) -> None:
+        self.tell("say", text)
+
+    def blame(self, text: str) -> None:
+        """Of the watchdog."""
+        self.tell("blamed", text)
+
+    def tell(self, kind: str, *content: Any) -> None:
+        self.actor.put.remote((kind, *content))
+
+
+class FailureNotes(UserCallback):
+    """In the controller: passes on why a group of workers broke. Must never raise."""
+
+    def __init__(self, actor: Any) -> None:
+        self.board = RemoteBoard(actor)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        with suppress(Exception):  # an exception here would end the run
+            preempted = any(getattr(e, "preempted", False) for e in worker_exceptions.values())
+            self.board.tell("failed", describe_failures(worker_exceptions), preempted)
+
+
+def describe_failures(errors: Mapping[int, BaseException]) -> str:
+    """One line: the rank that broke first, as far as the errors tell it from those it dragged along."""
+    died = [rank for rank, error in errors.items() if isinstance(error, RayError | WorkerLost)]
+    rank = min(died or errors)
+    error = root_cause(errors[rank])
+    if isinstance(error, OutOfMemoryError) or "low on memory" in str(error):
+        what = "killed because its node ran out of memory"
+    elif isinstance(error, RayError | WorkerLost):
+        what = "its process died"
+    elif lost := re.search(r"\[([0-9a-f.:]+)\]:\d+: Connection \w+ by peer", str(error)):
+        what = f"lost its connection to {lost.group(1)}"
+    else:
+        what = reason(error)[:160]
+    return f"rank {rank}: {what}"
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception a user can act on, out of the layers Ray wraps around it."""
+    seen: list[BaseException | None] = [error]
+    while seen:
+        current = seen.pop()
+        if current is None:
+            continue
+        if isinstance(current, UserError):
+            return current
+        failures = getattr(current, "worker_failures", None) or {}
+        seen.extend(failures.values())
+        seen.append(getattr(current, "_base_exc", None))
+        if isinstance(current, ray.exceptions.RayTaskError):
+            seen.append(current.cause)
+        seen.append(current.__cause__)
+    return error
+
+
+class Requests:
+    """What the driver asks of rank 0; the question is sent ahead, so asking never blocks."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.pending = actor, actor.requests.remote()
+        self.stop = self.hurry = False
+        self._looked_at = 0.0
+
+    def look(self) -> None:
+        """Bring `stop` and `hurry` up to date."""
+        if time.monotonic() - self._looked_at < ASK_EVERY_S:
+            return
+        self._looked_at = time.monotonic()
+        ready, _ = ray.wait([self.pending], timeout=0)
+        if ready:
+            with suppress(RayError):  # the driver is gone, and the job with it
+                self.stop, self.hurry = ray.get(self.pending)
+                self.pending = self.actor.requests.remote()
+
+
+class _Mailbox:
+    """Actor: keeps events until the driver takes them, and what the driver asks for."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.stop = self.hurry = False
+        self.refused: UserError | None = None
+
+    def put(self, event: tuple[Any, ...]) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        events, self.events = self.events, []
+        return events
+
+    def ask(self, stop: bool, hurry: bool) -> None:
+        self.stop, self.hurry = stop, hurry
+
+    def requests(self) -> tuple[bool, bool]:
+        return self.stop, self.hurry
+
+    def refuse(self, error: UserError) -> None:
+        self.refused = self.refused or error
+
+    def refusal(self) -> UserError | None:
+        return self.refused
+
+
+@contextmanager
+def mailbox(
+    board: Board,
+    interruptions: Interruptions,
+    stop: threading.Event,
+    room: Callable[[], int] = lambda: 0,
+) -> Iterator[Any]:
+    """An actor handle for workers; a thread here shows and counts what arrives, passes `stop` on.
+
+    room: for how many workers there is room now. Where it is for more than there are, they are asked
+    to save often: Ray will soon end them to start a larger group.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    actor: Any = ray.remote(
+        num_cpus=0,
+        # Not on a node that may be lost while the driver lives.
+        scheduling_strategy=cast(Any, NodeAffinitySchedulingStrategy(here, soft=False)),
+    )(_Mailbox).remote()
+    done = threading.Event()
+
+    def show() -> None:
+        told, looked_at = (False, False), 0.0
+        hurry = False
+        while True:
+            last = done.wait(POLL_S)
+            try:
+                if time.monotonic() - looked_at > LOOK_FOR_ROOM_EVERY_S:
+                    looked_at = time.monotonic()
+                    hurry = interruptions.workers is not None and room() > interruptions.workers
+                if told != (stop.is_set(), hurry):
+                    told = (stop.is_set(), hurry)
+                    actor.ask.remote(*told)
+                events = ray.get(actor.take.remote(), timeout=30)
+            except RayError:
+                return  # the cluster is going; the run's own error says why
+            for kind, *content in events:
+                _pass_on(kind, content, board, interruptions)
+            if last and not events:
+                return
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def _pass_on(kind: str, content: list[Any], board: Board, interruptions: Interruptions) -> None:
+    if kind == "log":
+        board.log(*content)
+    elif kind == "say":
+        board.say(*content)
+    elif kind == "started":
+        interruptions.started(*content)
+    elif kind == "noticed":
+        interruptions.noticed()
+    elif kind == "blamed":
+        interruptions.blamed(*content)
+    elif kind == "failed":
+        why, preempted = content
+        interruptions.failed(why, preempted=preempted)
