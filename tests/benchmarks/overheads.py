@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -171,6 +172,7 @@ def s3_against_local(folder: Path) -> dict[str, float]:
 
     data = folder / "shapes"
     ensure_shapes(data, ShapesConfig(num_train=64, num_val=8, size_px=256))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -43,9 +43,12 @@ def final_weights(storage: Storage, done: Done, folder: Path) -> Done:
     )
 
 
-def test_a_fifth_of_all_calls_fails(undisturbed: Done, storage: Storage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.chaos)])
+def test_a_fifth_of_all_calls_fails(
+    undisturbed: Done, storage: Storage, tmp_path: Path, launcher: str
+) -> None:
     storage.proxy.share = 0.2
-    job = Job(tmp_path / "out", *to_s3(storage), **storage.env)
+    job = Job(tmp_path / "out", *to_s3(storage), "--launcher", launcher, **storage.env)
     done = job.finish()
     assert done.code == 0, done.out
     assert storage.proxy.failed > 20

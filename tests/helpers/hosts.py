@@ -157,13 +157,12 @@ class Network:
         code = f"""
 import time, ray
 from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 ray.init(logging_level='ERROR', log_to_driver=False)
 (node,) = [n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == {host.address!r}]
 client = GcsClient(address={f"{self.head.address}:{PORT}"!r})
-from ray.core.generated import autoscaler_pb2
-print(client.drain_node(
-    node, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, 'spot',
-    int((time.time() + {deadline_s}) * 1000)))
+reason = DrainNodeReason.Value('DRAIN_NODE_REASON_PREEMPTION')
+print(client.drain_node(node, reason, 'spot', int((time.time() + {deadline_s}) * 1000)))
 """
         done = subprocess.run(
             self.head.enter(sys.executable, "-c", code),
