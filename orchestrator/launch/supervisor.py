@@ -27,8 +27,8 @@ from orchestrator.launch.ray_runtime import train_loop
 
 BACKOFF_S = 5.0
 # How long Ray waits for resources it believes to be there before it looks again what is: after the
-# loss of a node it believes the wrong thing for a while.
-START_TIMEOUT_S = "10"
+# loss of a node it believes the wrong thing for a while. A fixed group has nothing to look for.
+START_TIMEOUT_S = "5"
 
 
 def run_trainer(
@@ -50,7 +50,8 @@ def run_trainer(
     # Ray reports its own life at length; the board tells what a user needs of it.
     for noisy in ("ray.train", "ray.tune", "ray.data"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    if launch.max_workers:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     controller_failures = 0
     while True:
         trainer = TorchTrainer(
