@@ -164,7 +164,17 @@ def fit(
         runtime.save(done, scored, write)
         meter.saving += time.perf_counter() - began
 
+    def score(done: int) -> dict[str, float]:
+        runtime.arrive(done - 1, "evaluate")
+        scored = _evaluate(trainee, recipe, val, runtime)
+        if rank == 0:
+            runtime.log(done, scored)
+        save(done, scored)
+        return scored
+
     step = start
+    if start and start % schedule.evaluate_every == 0 and not metrics:
+        metrics = score(start)  # saved in a hurry, before it could be evaluated
     while step < schedule.total and stopped is None:
         began = time.perf_counter()
         runtime.arrive(step, "data")
@@ -204,14 +214,15 @@ def fit(
         decision = runtime.decide()
         stopped = decision.stop
 
-        if step % schedule.evaluate_every == 0 or last:
-            runtime.arrive(step - 1, "evaluate")
-            metrics = _evaluate(trainee, recipe, val, runtime)
-            if rank == 0:
-                runtime.log(step, metrics)
-            save(step, metrics)
+        if stopped is not None and not last:
+            break  # saved below, at once: an evaluation may take longer than there is time
+        if decision.save:
+            save(step, {})
             saved = step
-        elif step % schedule.checkpoint_every == 0 or decision.save:
+        if step % schedule.evaluate_every == 0 or last:
+            metrics = score(step)
+            saved = step
+        elif step % schedule.checkpoint_every == 0 and saved < step:
             save(step, {})
             saved = step
 

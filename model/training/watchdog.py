@@ -24,6 +24,9 @@ PHASES = ("restore", "data", "step", "evaluate", "save")
 REPORT_EVERY_S = 1.0
 STORE_TIMEOUT_S = 10.0
 EXIT_CODE = 75
+SLOW_STEP = 5.0  # times the longest step so far
+# Scoring is one long call of a library that may not let other threads run, so not even reports.
+DEAF = ("evaluate",)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,11 @@ def verdict(
     where = f"step {me.step + 1}"
     if me.age_s <= timeout_s:
         return None
-    silent = [report for report in others if report.silent_s > timeout_s / 2]
+    silent = [
+        report
+        for report in others
+        if report.silent_s > (patience_s if report.phase in DEAF else timeout_s / 2)
+    ]
     if silent:
         lost = min(silent, key=lambda report: report.order())
         return (
@@ -101,6 +108,7 @@ class Watchdog:
         self.say, self.end = say, end
         self._place = (0, "restore", time.monotonic())
         self._first: int | None = None
+        self._longest_s = 0.0
         self._closing = threading.Event()
         self._heard: dict[int, tuple[str, float, Report]] = {}
         self._read_at: float | None = None
@@ -117,9 +125,13 @@ class Watchdog:
 
     def arrive(self, step: int, phase: str) -> None:
         """Called by the training thread; costs nothing."""
+        before, was, since = self._place
+        now = time.monotonic()
         if self._first is None and phase == "data":
             self._first = step
-        self._place = (step, phase, time.monotonic())
+        elif was == "step" and before != self._first:
+            self._longest_s = max(self._longest_s, now - since)
+        self._place = (step, phase, now)
 
     def close(self) -> None:
         """The rank is done; others may still be busy."""
@@ -160,7 +172,8 @@ class Watchdog:
             if me.age_s <= timeout_s:
                 continue
             now = time.monotonic()
-            unread_s = now - self._read_at if self._read_at else me.age_s - timeout_s / 2
+            read_at = self._read_at
+            unread_s = now - read_at if read_at else me.age_s - timeout_s / 2
             if unread_s > timeout_s / 2:
                 # The store is rank 0's: what keeps it from answering keeps rank 0 from arriving.
                 why: str | None = (
@@ -168,7 +181,7 @@ class Watchdog:
                     f"{unread_s:.0f} s"
                 )
                 speaker = 1
-            elif self._read_at is None:
+            elif read_at is None:
                 continue
             else:
                 others = [
@@ -185,8 +198,9 @@ class Watchdog:
                 time.sleep(REPORT_EVERY_S)  # for the line to leave
             else:
                 time.sleep(3 * REPORT_EVERY_S)  # for the speaker to see the same
-            self.end(EXIT_CODE)
-            return
+            if self._place[2] == since and not self._closing.is_set():
+                self.end(EXIT_CODE)
+                return
 
     def _me(self) -> Report:
         step, phase, since = self._place
@@ -194,7 +208,10 @@ class Watchdog:
 
     def _timeout_s(self) -> float:
         stepped = self._first is not None and self._place[0] > self._first
-        return self.timeout_s if stepped else self.patience_s
+        if not stepped:
+            return self.patience_s
+        # Where a step itself takes long, a slow one must not look like a stuck one.
+        return min(self.patience_s, max(self.timeout_s, SLOW_STEP * self._longest_s))
 
 
 def _aged(report: Report, unheard_s: float) -> Report:

@@ -36,7 +36,9 @@ class Flag:
         """(path, value) of what was given."""
         if self.most is None:
             return [(self.path, self.value(given))]
-        least, _, most = given.partition(":")
+        least, colon, most = given.partition(":")
+        if colon and not (least and most):
+            raise ConfigError(self.name, "N or MIN:MAX", repr(given), "as in --workers 2:16")
         return [(self.path, self.value(least)), (self.most, self.value(most) if most else None)]
 
     def value(self, given: str) -> Any:

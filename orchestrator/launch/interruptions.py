@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 PREFIX = "effdet."
+WAITING_S = 60.0
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Interruptions:
     _noticed: bool = False
     _failed: bool = False
     _blamed: str | None = None
+    _since: float | None = None
+    clock: Callable[[], float] = time.monotonic
 
     def recall(self, tags: Mapping[str, str]) -> None:
         """Go on counting from a run's tags."""
@@ -66,11 +70,22 @@ class Interruptions:
             self.say(f"the workers failed ({why}): starting again from the newest checkpoint")
         self._keep()
 
+    def waiting(self) -> None:
+        """Looked at now and then: says once when there is no group of workers for long."""
+        if self.workers is not None and not self._failed:
+            return
+        if self._since is None:
+            self._since = self.clock()
+        if 0 <= self._since < self.clock() - WAITING_S:
+            self._since = -1.0
+            self.say("waiting for room on the cluster for the workers (see ray status)")
+
     def started(self, workers: int) -> None:
         """A group of workers begins."""
         before, self.workers = self.workers, workers
         if before is not None and not self._failed:
-            if self._noticed:
+            if self._noticed or before == workers:
+                # Ray replaces a whole group without an error only when a node was to be taken away.
                 self.preemptions += 1
                 self.last = "a node was taken away"
             else:
@@ -80,6 +95,7 @@ class Interruptions:
         if before is not None and before != workers:
             self.say(f"training goes on with {workers} worker(s), {before} before")
         self._noticed, self._failed, self._blamed = False, False, None
+        self._since = None
 
     def describe(self) -> str | None:
         """For the summary; None if nothing happened."""

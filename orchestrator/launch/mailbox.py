@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError
 from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as WorkerLost
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.errors import UserError
+from orchestrator.errors import StorageError, UserError
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.worker import Board
 from orchestrator.storage.filesystems import reason
@@ -23,6 +23,7 @@ from orchestrator.storage.filesystems import reason
 POLL_S = 0.25
 ASK_EVERY_S = 0.5
 LOOK_FOR_ROOM_EVERY_S = 2.0
+HURRY_FOR_S = 180.0
 
 
 class RemoteBoard:
@@ -53,7 +54,10 @@ class FailureNotes(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         with suppress(Exception):  # an exception here would end the run
-            preempted = any(getattr(e, "preempted", False) for e in worker_exceptions.values())
+            causes = [root_cause(error) for error in worker_exceptions.values()]
+            if any(ends_the_run(cause) for cause in causes):
+                return  # that is said at the end, with its remedy
+            preempted = any(getattr(cause, "preempted", False) for cause in causes)
             self.board.tell("failed", describe_failures(worker_exceptions), preempted)
 
 
@@ -73,18 +77,26 @@ def describe_failures(errors: Mapping[int, BaseException]) -> str:
     return f"rank {rank}: {what}"
 
 
+def ends_the_run(error: BaseException) -> bool:
+    """A mistake that no restart repairs; a storage may come back."""
+    return isinstance(error, UserError) and not isinstance(error, StorageError)
+
+
 def root_cause(error: BaseException) -> BaseException:
-    """The exception a user can act on, out of the layers Ray wraps around it."""
+    """The exception a user can act on, or that Ray knows the reason of, out of the layers around it."""
     seen: list[BaseException | None] = [error]
     while seen:
         current = seen.pop()
         if current is None:
             continue
-        if isinstance(current, UserError):
+        if isinstance(current, UserError | OutOfMemoryError) or getattr(
+            current, "preempted", False
+        ):
             return current
         failures = getattr(current, "worker_failures", None) or {}
         seen.extend(failures.values())
         seen.append(getattr(current, "_base_exc", None))
+        seen.append(getattr(current, "health_check_failure", None))
         if isinstance(current, ray.exceptions.RayTaskError):
             seen.append(current.cause)
         seen.append(current.__cause__)
@@ -160,18 +172,24 @@ def mailbox(
     done = threading.Event()
 
     def show() -> None:
-        told, looked_at = (False, False), 0.0
-        hurry = False
+        told, hurry, looked_at, room_since = (False, False), False, 0.0, 0.0
         while True:
             last = done.wait(POLL_S)
             try:
-                if time.monotonic() - looked_at > LOOK_FOR_ROOM_EVERY_S:
-                    looked_at = time.monotonic()
-                    hurry = interruptions.workers is not None and room() > interruptions.workers
+                now = time.monotonic()
+                if now - looked_at > LOOK_FOR_ROOM_EVERY_S:
+                    looked_at = now
+                    interruptions.waiting()
+                    more = interruptions.workers is not None and room() > interruptions.workers
+                    room_since = (room_since or now) if more else 0.0
+                    # Somebody else may use what is there: then the group does not grow after all.
+                    hurry = more and now - room_since < HURRY_FOR_S
                 if told != (stop.is_set(), hurry):
                     told = (stop.is_set(), hurry)
                     actor.ask.remote(*told)
                 events = ray.get(actor.take.remote(), timeout=30)
+            except GetTimeoutError:
+                continue
             except RayError:
                 return  # the cluster is going; the run's own error says why
             for kind, *content in events:

@@ -163,7 +163,7 @@ def check_memory(
     return resolved, f"{text}, {available / GIB:.1f} GiB there ({hardware.device_kind})"
 
 
-def check_space(place: Place, params: int, config: CheckpointConfig, where: str) -> str | None:
+def check_space(place: Place, params: int, config: CheckpointConfig) -> str | None:
     """What the checkpoints will take of a local disk; None elsewhere.
 
     Raises:
@@ -173,11 +173,14 @@ def check_space(place: Place, params: int, config: CheckpointConfig, where: str)
         return None
     each = params * 4 * COPIES_IN_CHECKPOINT
     most = 2 * config.keep_latest + config.keep_best + 1
-    free = shutil.disk_usage(place.local).free
+    there = place.local
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
     text = f"{each / 2**20:.0f} MiB a checkpoint, at most {most} of them; {free / GIB:.1f} GiB free"
     if free < 2 * each:
         raise StorageError(
-            where, f"room for two checkpoints of {each / 2**20:.0f} MiB",
+            "checkpoint.uri", f"room for two checkpoints of {each / 2**20:.0f} MiB",
             f"{free / 2**20:.0f} MiB in {place.local}", "make room, or --set checkpoint.uri=URI",
         )  # fmt: skip
     return text + (" (not enough for all)" if free < most * each else "")

@@ -24,7 +24,7 @@ from model.training.runtime import (
 )
 from model.training.watchdog import Watchdog
 from orchestrator.errors import ClusterError, UserError
-from orchestrator.launch.mailbox import RemoteBoard, Requests
+from orchestrator.launch.mailbox import RemoteBoard, Requests, ends_the_run
 from orchestrator.launch.worker import Assignment, Recorder, open_store, open_watchdog, train
 from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.filesystems import reason
@@ -146,7 +146,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return train(assignment, runtime, store)
     except UserError as error:
-        ray.get(actor.refuse.remote(error))
+        if ends_the_run(error):
+            ray.get(actor.refuse.remote(error))
         raise
     finally:
         if recorder is not None:
@@ -214,3 +215,12 @@ def room_for(cpus_per_worker: float, gpus_per_worker: float) -> int:
                 fits = min(fits, there.get("GPU", 0.0) // gpus_per_worker)
             total += int(fits)
     return total
+
+
+def free_room(cpus_per_worker: float, gpus_per_worker: float) -> int:
+    """How many workers fit beside what others use now."""
+    there = ray.available_resources()
+    fits = there.get("CPU", 0.0) // cpus_per_worker
+    if gpus_per_worker:
+        fits = min(fits, there.get("GPU", 0.0) // gpus_per_worker)
+    return int(fits)

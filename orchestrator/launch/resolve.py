@@ -344,7 +344,7 @@ def _check_numbers(job: TrainJob) -> None:
         ("launch.max_failures", job.launch.max_failures, 0),
         ("launch.max_preemptions", job.launch.max_preemptions, 0),
         ("launch.collective_timeout_s", job.launch.collective_timeout_s, 1),
-        ("launch.hang_timeout_s", job.launch.hang_timeout_s, 1),
+        ("launch.hang_timeout_s", job.launch.hang_timeout_s, 8),
         ("launch.gpus_per_worker", job.launch.gpus_per_worker, 0),
         ("train.batch_size", job.train.batch_size, 1),
         ("train.bn_group", job.train.bn_group, 1),

@@ -15,6 +15,7 @@ from typing import Any, cast
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import Result, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError
 
@@ -23,12 +24,13 @@ from orchestrator.errors import GaveUpError, UserError
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.mailbox import FailureNotes, root_cause
 from orchestrator.launch.preflight import out_of_memory
-from orchestrator.launch.ray_runtime import train_loop
+from orchestrator.launch.ray_runtime import free_room, train_loop
 
 BACKOFF_S = 5.0
 # How long Ray waits for resources it believes to be there before it looks again what is: after the
 # loss of a node it believes the wrong thing for a while. A fixed group has nothing to look for.
 START_TIMEOUT_S = "5"
+START_ATTEMPTS = 12
 
 
 def run_trainer(
@@ -52,16 +54,14 @@ def run_trainer(
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if launch.max_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
-    controller_failures = 0
+    controller_failures, most = 0, launch.max_workers
     while True:
         trainer = TorchTrainer(
             cast("Callable[[dict[Any, Any]], None]", train_loop),
             train_loop_config=config,
             torch_config=TorchConfig(timeout_s=launch.collective_timeout_s),
             scaling_config=ScalingConfig(
-                num_workers=(launch.workers, launch.max_workers)
-                if launch.max_workers
-                else launch.workers,
+                num_workers=(launch.workers, most) if most else launch.workers,
                 elastic_resize_monitor_interval_s=launch.grow_every_s,
                 use_gpu=gpus_per_worker > 0,
                 resources_per_worker={"CPU": cpus_per_worker}
@@ -73,6 +73,7 @@ def run_trainer(
                 failure_config=FailureConfig(
                     max_failures=max(0, launch.max_failures - interruptions.here),
                     max_preemption_failures=launch.max_preemptions,
+                    controller_failure_limit=START_ATTEMPTS if most else -1,
                 ),
                 callbacks=[FailureNotes(config["board"])],
             ),
@@ -80,6 +81,12 @@ def run_trainer(
         try:
             result: Result = trainer.fit()
         except (ControllerError, RayActorError) as error:
+            started = getattr(error, "controller_failure", None)
+            if most and isinstance(started, WorkerGroupStartupTimeoutError):
+                # Ray counts all that the nodes have, others may use a part of it.
+                free = free_room(cpus_per_worker, gpus_per_worker)
+                most = max(launch.workers, min(launch.max_workers or 0, free))
+                continue
             # The controller itself died, with its node or with a storage error.
             controller_failures += 1
             why = " ".join(str(root_cause(error)).split())[:200]
@@ -95,7 +102,7 @@ def run_trainer(
             if isinstance(cause, OutOfMemoryError):
                 resolved = config["assignment"].resolved
                 raise out_of_memory(resolved, interruptions.workers or launch.workers) from None
-            raise GaveUpError(interruptions.here, cause) from None
+            raise GaveUpError(interruptions.here + interruptions.preemptions, cause) from None
         # Ray types the loop as returning nothing and then hands on what rank 0 returned.
         returned = cast("dict[str, Any]", cast(Any, result).return_value)
         refused = returned.get("refused")

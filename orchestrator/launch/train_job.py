@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from orchestrator.config.cli import Options
 from orchestrator.config.schema import TrainJob
-from orchestrator.errors import ConfigError, DivergedError, GaveUpError, UserError
+from orchestrator.errors import ConfigError, DivergedError, GaveUpError, StorageError, UserError
 from orchestrator.launch import local, preflight
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.launchers import ROOT, Launcher, LocalLauncher, RayLauncher, check_launcher
@@ -27,6 +27,9 @@ from orchestrator.records.provenance import provenance
 from orchestrator.records.tracker import CHECKPOINTS, TrackedRun, Tracker, without_secret
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import check_writable, open_place
+from orchestrator.storage.retry import retrying
+
+REPORT_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,18 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
         ("anchor recall", f"{recall:.1%} of training boxes overlap an anchor by half or more")
     )
     check_writable(open_place(str(resolved.output), "run.output"), "run.output")
-    checkpoints, where = open_place(str(resolved.output), "run.output"), "run.output"
     if job.checkpoint.uri is not None:
-        checkpoints, where = open_place(job.checkpoint.uri, "checkpoint.uri"), "checkpoint.uri"
-        check_writable(checkpoints, where)
-    space = preflight.check_space(checkpoints, derived.cost.params, job.checkpoint, where)
-    if space:
-        rows.append(("disk", space))
+        check_writable(open_place(job.checkpoint.uri, "checkpoint.uri"), "checkpoint.uri")
     uri = job.tracking.uri or f"sqlite:///{resolved.output / 'mlflow.db'}"
     tracker = Tracker(uri, job.tracking.experiment, resolved.output / "artifacts")
+    checkpoints = job.checkpoint.uri or tracker.artifact_location()
+    if checkpoints.startswith("mlflow-artifacts:"):
+        checkpoints = str(resolved.output)
+    space = preflight.check_space(
+        open_place(checkpoints, "checkpoint.uri"), derived.cost.params, job.checkpoint
+    )
+    if space:
+        rows.append(("disk", space))
     rows.append(("tracker", f"{without_secret(uri)}, experiment {job.tracking.experiment}"))
 
     with launcher:
@@ -177,8 +183,12 @@ def _report(
     result: dict[str, Any],
 ) -> dict[str, Any]:
     """What `--json` prints."""
-    steps = store.steps() if store is not None else []
-    best = store.best() if store is not None else None
+    steps: list[int] = []
+    best: int | None = None
+    if store is not None:
+        with suppress(StorageError):  # what was trained is trained; it says where it lies above
+            steps = retrying(store.steps, store.place.uri, retry_for_s=REPORT_PATIENCE_S)
+            best = retrying(store.best, store.place.uri, retry_for_s=REPORT_PATIENCE_S)
     return {
         "status": status,
         "run_id": run.run_id if run else None,

@@ -122,6 +122,10 @@ def train(
     finally:
         if runtime.watchdog is not None:
             runtime.watchdog.close()
+        for data in (train_set, val_set):
+            close = getattr(data.read, "close", None)
+            if close is not None:
+                close()
         store.wait()
     store.close()
     return asdict(result)

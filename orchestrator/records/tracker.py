@@ -151,8 +151,17 @@ class Tracker:
     def log_dict(self, run_id: str, content: Mapping[str, Any], file_name: str) -> None:
         self.client.log_dict(run_id, dict(content), file_name)
 
+    def artifact_location(self) -> str:
+        """Of the experiment's runs."""
+        return str(self.client.get_experiment(self.experiment_id).artifact_location)
+
     def tags(self, run_id: str) -> dict[str, str]:
-        return dict(self.client.get_run(run_id).data.tags)
+        """Never raises, as `tag`."""
+        try:
+            return dict(self.client.get_run(run_id).data.tags)
+        except Exception as error:  # any trouble of any tracker
+            logger.warning("tags could not be read (%s)", _cause(error))
+            return {}
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Never raises: a tag is not worth a training."""

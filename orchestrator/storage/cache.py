@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError
-from orchestrator.storage.retry import retrying
+from orchestrator.storage.retry import RETRY_FOR_S, retrying
 
 READERS = 16  # images on their way at once
 LOOK_EVERY = 64  # files written by this process between two looks at the cache's size
@@ -35,7 +35,7 @@ class NodeCache:
     limit_bytes: int
     written: int = 0
 
-    def image(self, place: Path, name: str) -> bytes:
+    def image(self, place: Path, name: str, retry_for_s: float = RETRY_FOR_S) -> bytes:
         """Content of place/name. A name stands for one content: new images need a new place.
 
         Raises:
@@ -48,7 +48,7 @@ class NodeCache:
             os.utime(kept)
             if data:  # a machine that lost power may have kept the name without the content
                 return data
-        data = fetch(place / name)
+        data = fetch(place / name, retry_for_s)
         self._keep(kept, data)
         return data
 
@@ -138,14 +138,20 @@ class CachedReader:
 
     def _fetch(self, name: str) -> None:
         with suppress(OSError, StorageError):  # whoever asks for the image will be told
-            self.cache.image(self.place, name)
+            self.cache.image(self.place, name, retry_for_s=0.0)
+
+    def close(self) -> None:
+        """Fetch nothing any more."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pool": None}
 
 
-def fetch(path: Path) -> bytes:
-    return retrying(path.read_bytes, str(path))
+def fetch(path: Path, retry_for_s: float = RETRY_FOR_S) -> bytes:
+    return retrying(path.read_bytes, str(path), retry_for_s=retry_for_s)
 
 
 def _hash(text: str) -> str:

@@ -88,7 +88,7 @@ class CheckpointStore:
         if local is not None:
             self._figures["perf/checkpoint_free_gib"] = shutil.disk_usage(local).free / 2**30
         try:
-            self._retain()
+            self._retain(step)
         except Exception as error:  # what was to be saved is saved; too many are better than none
             self.say(f"old checkpoints were not removed: {reason(error)}")
 
@@ -135,11 +135,15 @@ class CheckpointStore:
             remote = f"{self.place.path}/{_name(step)}"
             with suppress(FileNotFoundError):  # said by the verification
                 retrying(
-                    lambda: self.place.filesystem.get(remote, str(folder), recursive=True),
-                    self.uri(step), where="checkpoint.uri",
-                )  # fmt: skip
+                    lambda: self._download(remote, folder), self.uri(step), where="checkpoint.uri"
+                )
             verify_checkpoint(folder)
             yield folder
+
+    def _download(self, remote: str, folder: Path) -> None:
+        # Into a folder that is there, left by an attempt before, it would go one level deeper.
+        shutil.rmtree(folder, ignore_errors=True)
+        self.place.filesystem.get(remote, str(folder), recursive=True)
 
     def newest_valid(self) -> int | None:
         """The newest step that proves whole; damaged ones are said and passed over."""
@@ -194,8 +198,11 @@ class CheckpointStore:
             return {}  # damaged: counted as found, refused when opened
         return meta if isinstance(meta, dict) else {}
 
-    def _retain(self) -> None:
-        found = self._found()
+    def _retain(self, saved: int) -> None:
+        """Later steps than the one just saved are damaged, or they would have been gone on from: they
+        stay to be looked at until training has passed them, and push nothing out.
+        """
+        found = [kept for kept in self._found() if kept.step <= saved]
         keep = to_keep(found, latest=self.config.keep_latest, best=self.config.keep_best)
         for kept in found:
             if kept.step not in keep:

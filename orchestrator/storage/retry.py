@@ -23,11 +23,6 @@ def pauses(first_s: float = FIRST_PAUSE_S, longest_s: float = LONGEST_PAUSE_S) -
         pause = min(2 * pause, longest_s)
 
 
-def final(error: BaseException) -> bool:
-    """Waiting does not change it."""
-    return isinstance(error, FileNotFoundError | PermissionError | UserError)
-
-
 def retrying(
     work: Callable[[], T],
     what: str,
@@ -49,7 +44,7 @@ def retrying(
         except (FileNotFoundError, UserError):
             raise
         except Exception as error:  # each filesystem has its own exceptions
-            if final(error) or time.monotonic() + pause > end:
+            if isinstance(error, PermissionError) or time.monotonic() + pause > end:
                 raise StorageError(
                     where, f"to read {what}", reason(error),
                     "check the storage, AWS_ENDPOINT_URL and the credentials",

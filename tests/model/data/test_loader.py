@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import torch
 from PIL import Image
@@ -43,8 +44,6 @@ def test_each_batch_is_announced_before_its_turn() -> None:
         "categories": [{"id": 1, "name": "thing"}],
         "annotations": [],
     }
-    import json
-
     index = parse_coco(json.dumps(document).encode(), "far.json")
     reader = FarReader()
     data = DetectionDataset(index, reader, 32, AugmentConfig(enabled=False), 0)

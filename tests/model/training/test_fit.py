@@ -277,3 +277,18 @@ def test_a_storage_that_gives_nothing_ends_the_run(data: DetectionDataset, tmp_p
     everything = damage(data, set(data.index.file_names.tolist()), "replace")
     with pytest.raises(DataError, match="a readable image"):
         run(everything, tmp_path, Record())
+
+
+def test_an_evaluation_that_was_put_off_is_made_up_for(
+    data: DetectionDataset, tmp_path: Path
+) -> None:
+    """Stopped in the step of an evaluation: saved at once, scored by whoever goes on."""
+    whole, parts = Record(), Record()
+    every = {"evaluate_every": Duration(steps=6), "log_every_steps": 6}
+    run(data, tmp_path / "through", whole, **every)
+    first, _ = run(data, tmp_path / "parts", parts, stop_after=6, **every)
+    assert (first.step, parts.values("val/AP")) == (6, [])
+    second, _ = run(data, tmp_path / "parts", parts, **every)
+    assert second.started_at_step == 6
+    assert parts.values("val/AP") == whole.values("val/AP")
+    assert [step for step, _ in parts.values("val/AP")] == [6, 12]

@@ -40,12 +40,29 @@ def report(rank: int, step: int, phase: str, age_s: float, silent_s: float = 0.0
         # The one that is waited for does not accuse those that wait.
         (report(1, 7, "data", 100), report(0, 7, "step", 100), None),
         (report(1, 6, "step", 100), report(0, 7, "step", 100), None),
+        # While it scores, a rank may be unable even to report.
+        (report(1, 7, "evaluate", 100), report(0, 7, "evaluate", 100, 99), None),
     ],
 )
 def test_verdict(me: Report, other: Report, expected: str | None) -> None:
     said = verdict(me, [other], timeout_s=60, patience_s=600)
     assert (said is None) == (expected is None), said
     assert expected is None or expected in str(said)
+
+
+def test_slow_steps_are_not_stuck_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience until the first step is done, then the timeout, or five times the longest step."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watchdog = Watchdog(rank=0, world_size=1, timeout_s=60, patience_s=600, say=print)
+    seen = []
+    for step, seconds in enumerate((100.0, 5.0, 30.0, 200.0)):
+        watchdog.arrive(step, "data")
+        watchdog.arrive(step, "step")
+        seen.append(watchdog._timeout_s())
+        now[0] += seconds
+    watchdog.arrive(4, "data")
+    assert [*seen, watchdog._timeout_s()] == [600, 60, 60, 150, 600]
 
 
 def _wait(rank: int, folder: str, how: str, late: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import ray.exceptions
+from ray.train.v2.api.exceptions import WorkerGroupError
 
-from model.errors import DataError
+from orchestrator.errors import DataError, StorageError
 from orchestrator.launch.interruptions import Interruptions
-from orchestrator.launch.mailbox import WorkerLost, describe_failures
+from orchestrator.launch.mailbox import FailureNotes, WorkerLost, describe_failures, root_cause
 
 
 @pytest.fixture
@@ -92,3 +93,50 @@ def test_whoever_died_is_named_not_whoever_noticed() -> None:
     assert describe_failures({3: data}).startswith("rank 3: image 7: expected a picture")
     memory = WorkerLost("x", ray.exceptions.OutOfMemoryError("the node was low on memory"))
     assert describe_failures({2: memory}) == "rank 2: killed because its node ran out of memory"
+
+
+class Told:
+    """In place of the mailbox's handle."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[object, ...]] = []
+        self.put = self
+
+    def remote(self, event: tuple[object, ...]) -> None:
+        self.events.append(event)
+
+
+def notes(*errors: Exception) -> list[tuple[object, ...]]:
+    told = Told()
+    FailureNotes(told).after_exception(None, dict(enumerate(errors)))
+    return told.events
+
+
+def test_the_controller_tells_failures_from_preemptions_and_mistakes() -> None:
+    died = WorkerLost("worker 0 is dead", ray.exceptions.RayActorError())
+    taken = WorkerLost("worker 0 is dead", ray.exceptions.RayActorError(preempted=True))
+    away = StorageError("data", "to read s3://x", "no answer", "check it")
+    assert notes(died) == [("failed", "rank 0: its process died", False)]
+    assert notes(taken) == [("failed", "rank 0: its process died", True)]
+    assert notes(away)[0][2] is False, "a storage may come back"
+    # A mistake ends the run with its own line; nothing starts again.
+    assert notes(DataError("image 7", "a picture", "noise", "repair it")) == []
+
+
+def test_the_reason_is_found_below_what_ray_wraps_around_it() -> None:
+    memory = ray.exceptions.OutOfMemoryError("the node was low on memory")
+    group = WorkerGroupError("two workers failed", {1: WorkerLost("worker 1 is dead", memory)})
+    assert root_cause(group) is memory
+
+
+def test_waiting_for_room_is_said_once(told: list[str]) -> None:
+    now = [0.0]
+    seen = Interruptions(told.append, clock=lambda: now[0])
+    for seconds in (0.0, 30.0, 61.0, 90.0, 200.0):
+        now[0] = seconds
+        seen.waiting()
+    assert told == ["waiting for room on the cluster for the workers (see ray status)"]
+    seen.started(1)
+    now[0] = 500.0
+    seen.waiting()
+    assert len(told) == 1

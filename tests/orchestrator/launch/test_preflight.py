@@ -241,14 +241,14 @@ def test_anchor_recall(ready: Ready, kind: str, expected: float) -> None:
 def test_checkpoints_need_room(tmp_path: Path) -> None:
     place = open_place(str(tmp_path), "run.output")
     config = CheckpointConfig()
-    said = check_space(place, 10_000_000, config, "run.output")
+    said = check_space(place, 10_000_000, config)
     assert said is not None
     assert said.startswith("114 MiB a checkpoint, at most 6 of them; ")
     with pytest.raises(
-        StorageError, match=r"run.output: expected room for two checkpoints of .* MiB"
+        StorageError, match=r"checkpoint.uri: expected room for two checkpoints of .* MiB"
     ):
-        check_space(place, 10**14, config, "run.output")
-    assert check_space(open_place("memory://x", "w"), 10**14, config, "w") is None
+        check_space(place, 10**14, config)
+    assert check_space(open_place("memory://x", "w"), 10**14, config) is None
 
 
 @pytest.mark.parametrize(

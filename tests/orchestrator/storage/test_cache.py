@@ -55,7 +55,9 @@ def test_changed_annotations_are_fetched_anew(
     path = open_path(f"s3://{bucket}/train.json", "test")
     assert cache.whole(path) == b"{1}"
     fetched = []
-    monkeypatch.setattr("orchestrator.storage.cache.fetch", lambda p: fetched.append(p) or b"{2}")
+    monkeypatch.setattr(
+        "orchestrator.storage.cache.fetch", lambda p, *more: fetched.append(p) or b"{2}"
+    )
     assert cache.whole(path) == b"{1}"
     assert not fetched
     put(s3_client, bucket, "train.json", b"{2}")  # the same size: the version tells
@@ -125,7 +127,7 @@ def test_denied_access_is_said_at_once() -> None:
 def test_a_name_cannot_leave_the_cache(bucket: str, s3_client: Any, cache: NodeCache) -> None:
     """An annotation file is somebody else's: its file names must not choose where we write."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.storage.cache.fetch", lambda path: b"content")
+        patch.setattr("orchestrator.storage.cache.fetch", lambda path, *more: b"content")
         reader = CachedReader(open_path(f"s3://{bucket}/set", "test"), cache)
         assert reader("../../../outside.jpg") == b"content"
     assert not list(cache.folder.parent.rglob("outside.jpg"))
@@ -145,13 +147,13 @@ def test_images_are_read_ahead(
     )
     busy, most, lock, real = 0, 0, threading.Lock(), module.fetch
 
-    def slow(path: Path) -> bytes:
+    def slow(path: Path, retry_for_s: float) -> bytes:
         nonlocal busy, most
         with lock:
             busy += 1
             most = max(most, busy)
         time.sleep(0.05)
-        data = real(path)
+        data = real(path, retry_for_s)
         with lock:
             busy -= 1
         return data
@@ -165,5 +167,7 @@ def test_images_are_read_ahead(
         assert time.monotonic() < end
         time.sleep(0.02)
     assert 1 < most <= module.READERS
-    monkeypatch.setattr(module, "fetch", lambda path: pytest.fail(f"{path} is fetched again"))
+    monkeypatch.setattr(
+        module, "fetch", lambda path, *more: pytest.fail(f"{path} is fetched again")
+    )
     assert [reader(name) for name in names] == [name.encode() for name in names]

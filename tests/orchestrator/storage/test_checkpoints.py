@@ -132,11 +132,11 @@ def test_marker_is_uploaded_last(bucket: str, s3_client: Any, write: Write) -> N
     uploaded: list[str] = []
     put_file = shelf.place.filesystem.put_file
 
-    def watch(source: str, target: str) -> None:
+    def watch(source: str, target: str, **more: Any) -> None:
         there = s3_client.list_objects_v2(Bucket=bucket).get("Contents", [])
         assert not any(found["Key"].endswith(META) for found in there)
         uploaded.append(target.rsplit("/", 1)[-1])
-        put_file(source, target)
+        put_file(source, target, **more)
 
     shelf.place.filesystem.put_file = watch
     try:
@@ -232,3 +232,32 @@ def test_what_a_killed_process_left_is_taken_away(
     assert [upload["UploadId"] for upload in left] == [other], "nobody else's"
     again.store.clean()
     assert len(again.said) == 1
+
+
+def test_a_download_that_breaks_off_is_begun_anew(
+    bucket: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first attempt left behind must not make a whole checkpoint look damaged."""
+    shelf = Shelf(f"s3://{bucket}/run")
+    shelf.store.save(1, {}, write(1))
+    get, attempts = shelf.place.filesystem.get, []
+
+    def breaking(remote: str, local: str, **more: Any) -> None:
+        attempts.append(remote)
+        get(remote, local, **more)
+        if len(attempts) == 1:
+            raise OSError("connection reset")
+
+    monkeypatch.setattr(shelf.place.filesystem, "get", breaking)
+    assert opened_step(shelf, 1) == 1
+    assert len(attempts) == 2
+
+
+def test_damaged_newer_checkpoints_push_out_nothing(shelf: Shelf, write: Write) -> None:
+    """45 and 50 are damaged, training went on from 20: what it saves then is what is good."""
+    save(shelf, write, {20: None, 45: None, 50: None})
+    for step in (45, 50):
+        shelf.change(step, WEIGHTS, lambda data: data[:-1])
+    save(shelf, write, {25: None, 30: None})
+    assert shelf.store.steps() == [25, 30, 45, 50]
+    assert shelf.store.newest_valid() == 30
