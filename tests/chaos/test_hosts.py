@@ -12,7 +12,7 @@ import pytest
 from helpers import ROOT, Done, hosts, settings, train
 from helpers.jobs import assert_same
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 # Two groups of 4: each worker runs whole groups, so one worker and two compute the same sums.
 COMMON = settings(
     train__bn_group=4, launch__threads_per_worker=1, launch__grow_every_s=5,

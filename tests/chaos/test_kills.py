@@ -13,7 +13,7 @@ import pytest
 from helpers import Done, settings, train
 from helpers.jobs import Job, assert_same
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 SEED = 2026
 SHORT, LONG = 2, 20
 
@@ -21,7 +21,8 @@ SHORT, LONG = 2, 20
 def arguments(kills: int) -> list[str]:
     """Steps enough for all kills to fall into the run."""
     limits = ("--set", "launch.max_failures=100", "--set", "launch.hang_timeout_s=8")
-    return [*settings(), *limits, "--steps", str(100 + 60 * kills)]
+    one_thread = settings(launch__threads_per_worker=1)
+    return [*one_thread, *limits, "--steps", str(100 + 45 * kills)]
 
 
 @pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.chaos)])

@@ -11,7 +11,7 @@ from helpers.jobs import Job, assert_same
 
 from .conftest import Storage
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 STEPS = 200
 ARGUMENTS = [*settings(launch__threads_per_worker=1), "--steps", str(STEPS)]
 LOCAL = ("--launcher", "local")  # the same storage, without Ray's start

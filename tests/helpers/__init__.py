@@ -109,9 +109,10 @@ def descendants(pid: int) -> list[tuple[int, str]]:
             try:
                 stat = (entry / "stat").read_text()
                 text = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
+                parent = int(stat.rpartition(")")[2].split()[1])
+            except (OSError, IndexError):  # it ended meanwhile
                 continue
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+            parents[int(entry.name)] = parent
             lines[int(entry.name)] = text
     found: list[tuple[int, str]] = []
     wave = {pid}
