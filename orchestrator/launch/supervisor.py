@@ -56,28 +56,10 @@ def run_trainer(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     controller_failures, most = 0, launch.max_workers
     while True:
-        trainer = TorchTrainer(
-            cast("Callable[[dict[Any, Any]], None]", train_loop),
-            train_loop_config=config,
-            torch_config=TorchConfig(timeout_s=launch.collective_timeout_s),
-            scaling_config=ScalingConfig(
-                num_workers=(launch.workers, most) if most else launch.workers,
-                elastic_resize_monitor_interval_s=launch.grow_every_s,
-                use_gpu=gpus_per_worker > 0,
-                resources_per_worker={"CPU": cpus_per_worker}
-                | ({"GPU": gpus_per_worker} if gpus_per_worker > 0 else {}),
-            ),
-            run_config=RunConfig(  # type: ignore[arg-type]  # typed as the version before
-                name=name,
-                storage_path=storage_path,
-                failure_config=FailureConfig(
-                    max_failures=max(0, launch.max_failures - interruptions.here),
-                    max_preemption_failures=launch.max_preemptions,
-                    controller_failure_limit=START_ATTEMPTS if most else -1,
-                ),
-                callbacks=[FailureNotes(config["board"])],
-            ),
-        )
+        trainer = _trainer(
+            config, launch, most=most, gpus=gpus_per_worker, cpus=cpus_per_worker,
+            name=name, storage_path=storage_path, failed=interruptions.here,
+        )  # fmt: skip
         try:
             result: Result = trainer.fit()
         except (ControllerError, RayActorError) as error:
@@ -109,3 +91,38 @@ def run_trainer(
         if isinstance(refused, UserError):
             raise refused
         return returned
+
+
+def _trainer(
+    config: dict[str, Any],
+    launch: LaunchConfig,
+    *,
+    most: int | None,
+    gpus: float,
+    cpus: float,
+    name: str,
+    storage_path: str,
+    failed: int,
+) -> TorchTrainer:
+    """most: workers of an elastic group, None for a fixed one. failed: failures so far."""
+    return TorchTrainer(
+        cast("Callable[[dict[Any, Any]], None]", train_loop),
+        train_loop_config=config,
+        torch_config=TorchConfig(timeout_s=launch.collective_timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=(launch.workers, most) if most else launch.workers,
+            elastic_resize_monitor_interval_s=launch.grow_every_s,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus > 0 else {}),
+        ),
+        run_config=RunConfig(  # type: ignore[arg-type]  # typed as the version before
+            name=name,
+            storage_path=storage_path,
+            failure_config=FailureConfig(
+                max_failures=max(0, launch.max_failures - failed),
+                max_preemption_failures=launch.max_preemptions,
+                controller_failure_limit=START_ATTEMPTS if most else -1,
+            ),
+            callbacks=[FailureNotes(config["board"])],
+        ),
+    )
