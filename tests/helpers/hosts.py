@@ -36,9 +36,10 @@ def why_not() -> str | None:
     if made.returncode:
         return f"no network namespace can be made: {made.stderr.strip()}"
     try:
-        linked = _run("ip", "-n", name, "link", "add", "br0", "type", "bridge")
-        if linked.returncode:
-            return f"no bridge can be made: {linked.stderr.strip()}"
+        for kind in (("bridge",), ("veth", "peer", "name", "peer0")):
+            linked = _run("ip", "-n", name, "link", "add", "test0" + kind[0], "type", *kind)
+            if linked.returncode:
+                return f"no {kind[0]} can be made: {linked.stderr.strip()}"
         spaces = ("--pid", "--fork", "--mount-proc", "--mount", "--uts")
         made = _run("ip", "netns", "exec", name, "unshare", *spaces, "true")
         return f"no namespaces can be made: {made.stderr.strip()}" if made.returncode else None
