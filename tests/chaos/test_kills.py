@@ -22,7 +22,7 @@ def arguments(kills: int) -> list[str]:
     """Steps enough for all kills to fall into the run."""
     limits = ("--set", "launch.max_failures=100", "--set", "launch.hang_timeout_s=8")
     one_thread = settings(launch__threads_per_worker=1)
-    return [*one_thread, *limits, "--steps", str(100 + 45 * kills)]
+    return [*one_thread, *limits, "--steps", str(400 + 45 * kills)]
 
 
 @pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.chaos)])
@@ -36,7 +36,7 @@ def test_kill_9_at_random(tmp_path: Path, kills: int) -> None:
     victims += [draw.choice(victims) for _ in range(kills - len(victims))]
     draw.shuffle(victims)
     job = Job(tmp_path / "disturbed", *arguments(kills))
-    began, workers_killed = 0, 0
+    began, workers_killed, resumptions = 0, 0, 0
     for victim in victims:
         job.wait_for(partial(_trains_beyond, job, began))
         time.sleep(draw.uniform(0, 0.3))
@@ -48,13 +48,19 @@ def test_kill_9_at_random(tmp_path: Path, kills: int) -> None:
         if victim == "raylet":
             os.kill(job.raylets()[0], signal.SIGKILL)
             # It takes its workers along; the driver cannot go on without it and must say so soon.
-            assert job.process.wait(90) not in (0, 2), job.text()
+            # (A worker that notices late may finish first: then there is nothing left to disturb.)
+            code = job.process.wait(90)
+            assert code != 2, job.text()
+            if code == 0:
+                break
+            resumptions += 1
         else:
             job.kill()
+            resumptions += 1
         job = Job(tmp_path / "disturbed", *arguments(kills))
     done: Done = job.finish(600)
     assert_same(done, undisturbed)
-    assert done.report["interruptions"]["resumptions"] == kills - workers_killed
+    assert done.report["interruptions"]["resumptions"] == resumptions
     assert done.report["interruptions"]["failures"] >= workers_killed
 
 

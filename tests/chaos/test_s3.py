@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -109,11 +110,12 @@ def test_the_newest_checkpoint_is_damaged(
         storage.client.put_object(Bucket=storage.bucket, Key=key, Body=changed)
     done = Job(tmp_path / "out", *asked, **storage.env).finish()
     said = (
-        "removed what an earlier process had not finished: 1 checkpoint"
+        # One more where the kill fell into an upload.
+        r"removed what an earlier process had not finished: [12] checkpoint"
         if damage == "without marker"
         else f"skipped a damaged checkpoint: checkpoint step_{newest:08d}"
     )
-    assert said in done.out
+    assert re.search(said, done.out), done.out
     assert f"going on from the checkpoint of step {before}" in done.out
     assert_same(final_weights(storage, done, tmp_path), undisturbed)
 
