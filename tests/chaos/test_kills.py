@@ -22,7 +22,7 @@ def arguments(kills: int) -> list[str]:
     """Steps enough for all kills to fall into the run."""
     limits = ("--set", "launch.max_failures=100", "--set", "launch.hang_timeout_s=8")
     one_thread = settings(launch__threads_per_worker=1)
-    return [*one_thread, *limits, "--steps", str(400 + 45 * kills)]
+    return [*one_thread, *limits, "--steps", str(400 + 120 * kills)]
 
 
 @pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.chaos)])
