@@ -8,6 +8,7 @@ map travels with every checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,14 @@ class CocoIndex:
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {key: value for key, value in self.__dict__.items() if isinstance(value, np.ndarray)}
+
+    def digest(self) -> str:
+        """Of everything that training and evaluation see but the pixels; equal data, equal digest."""
+        found = hashlib.sha256(repr((self.classes, self.file_names.tolist())).encode())
+        for name, value in sorted(self._arrays().items()):
+            if name != "file_names":
+                found.update(name.encode() + np.ascontiguousarray(value).tobytes())
+        return found.hexdigest()[:16]
 
     def training_boxes(self, image: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Boxes [m, 4] and labels [m] of one image without crowds (they are for evaluation)."""

@@ -10,11 +10,13 @@ Every edge from a backbone feature has a 1x1 of its own; sharing them is the cla
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.network.fusion import FUSIONS
+from model.network.fusion import FUSIONS, Fusion
 from model.network.layers import SeparableConv, glorot_uniform, max_pool, resize_to, run, zero_bias
 from model.network.scaling import NetworkSpec, Padding
 from model.network.topology import TOPOLOGIES, Node, Topology
@@ -93,7 +95,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.recompute = recompute
         width = spec.fpn_channels
-        graph = TOPOLOGIES[spec.topology](spec.min_level, spec.max_level)
+        self.graph = graph = TOPOLOGIES[spec.topology](spec.min_level, spec.max_level)
         self.padding: Padding = spec.padding
         self.num_extra = graph.num_levels - len(in_channels)
         self.extra = Lateral(in_channels[-1], width, bias=spec.redundant_bias)
@@ -102,6 +104,24 @@ class Pyramid(nn.Module):
         self.cells = nn.ModuleList(
             Cell(graph, first if repeat == 0 else later, spec) for repeat in range(spec.fpn_repeats)
         )
+
+    @torch.no_grad()
+    def fusion_weights(self) -> dict[str, float]:
+        """ "cell0/P4_td/P5_in" -> share of that input after normalisation; none for plain sums.
+
+        A cell's features are named by their level: P4_in comes in, P4_out goes out, P4_td (top-down)
+        lies between; a further one between them is P4_td2.
+        """
+        found = {}
+        names = _feature_names(self.graph)
+        for repeat, cell in enumerate(self.cells):
+            nodes = cast("Sequence[FusionNode]", cell.nodes)
+            for node, name in zip(nodes, names[self.graph.num_levels :], strict=True):
+                if isinstance(node.fuse, Fusion):
+                    factors = node.fuse.normalise(node.fuse.weights.float()).tolist()
+                    for source, factor in zip(node.inputs, factors, strict=True):
+                        found[f"cell{repeat}/{name}/{names[source]}"] = float(factor)
+        return found
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         features = list(features)
@@ -112,3 +132,15 @@ class Pyramid(nn.Module):
         for cell in self.cells:
             features = run(cell, features, again=self.recompute and self.training)
         return features
+
+
+def _feature_names(graph: Topology) -> list[str]:
+    """Of the inputs, then of each node's output."""
+    names = [f"P{graph.min_level + level}_in" for level in range(graph.num_levels)]
+    for number, node in enumerate(graph.nodes):
+        if graph.num_levels + number in graph.outputs:
+            names.append(f"P{node.level}_out")
+            continue
+        between = sum(name.startswith(f"P{node.level}_td") for name in names)
+        names.append(f"P{node.level}_td" + (str(between + 1) if between else ""))
+    return names

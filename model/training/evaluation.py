@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,23 @@ COLUMNS = 7
 """A detection row: image position in the index, x, y, width, height (source pixels), score, label."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found and how it scored.
+
+    metrics: "val/AP", "val/AP50", …, "val_class/NAME". rows: all ranks' detections [n, COLUMNS].
+    precision: float32 [10, 101, K] over IoU thresholds, recalls and classes, -1 without ground truth.
+    The last two are empty but on rank 0.
+    """
+
+    metrics: dict[str, float]
+    rows: NDArray[np.float64]
+    precision: NDArray[np.float32]
+
+
+NOTHING = Evaluation({}, np.empty((0, COLUMNS)), np.empty((0, 0, 0), dtype=np.float32))
+
+
 def evaluate(
     detector: nn.Module,
     dataset: DetectionDataset,
@@ -46,8 +63,8 @@ def evaluate(
     workers: int,
     device: torch.device,
     autocast: bool,
-) -> dict[str, float]:
-    """Metrics "val/AP", "val/AP50", …, "val_class/NAME" on every rank. Collective.
+) -> Evaluation:
+    """Metrics on every rank. Collective.
 
     detector: in eval mode, on `device`. The number of collectives is fixed, whatever a rank holds.
     """
@@ -64,11 +81,11 @@ def evaluate(
         autocast=autocast,
     )
     rows = gather_rows(mine, world_size, device)
-    metrics: list[Any] = [score(dataset.index, rows) if rank == 0 else None]
+    found = assess(dataset.index, rows) if rank == 0 else NOTHING
+    metrics: list[Any] = [found.metrics]
     if world_size > 1:
         dist.broadcast_object_list(metrics, src=0, device=device)
-    found: dict[str, float] = metrics[0]
-    return found
+    return replace(found, metrics=metrics[0])
 
 
 @torch.no_grad()
@@ -133,8 +150,14 @@ def gather_rows(
 
 def score(index: CocoIndex, rows: NDArray[np.float64]) -> dict[str, float]:
     """Detections [n, COLUMNS] against the index's ground truth -> "val/…" and "val_class/…"."""
+    return assess(index, rows).metrics
+
+
+def assess(index: CocoIndex, rows: NDArray[np.float64]) -> Evaluation:
+    """Detections [n, COLUMNS] against the index's ground truth, with what figures need of it."""
     if not len(index.labels):
-        return {}
+        return replace(NOTHING, rows=rows)
+    given = rows
     if not len(rows):  # one box that can match nothing: what has ground truth then scores 0
         rows = np.zeros((1, COLUMNS))
     results = rows.copy()
@@ -149,7 +172,9 @@ def score(index: CocoIndex, rows: NDArray[np.float64]) -> dict[str, float]:
         evaluator.summarize()
     stats = dict(zip(METRICS, (float(v) for v in evaluator.stats), strict=False))
     metrics = {f"val/{name}": value for name, value in stats.items() if value >= 0}
-    return metrics | _per_class(evaluator.eval, index)
+    precision = np.asarray(evaluator.eval["precision"])[:, :, :, 0, -1]  # area all, 100 detections
+    per_class = _per_class(precision, index)
+    return Evaluation(metrics | per_class, given, precision.astype(np.float32))
 
 
 def _result_rows(rows: NDArray[np.float64]) -> list[dict[str, Any]]:
@@ -164,9 +189,8 @@ def _result_rows(rows: NDArray[np.float64]) -> list[dict[str, Any]]:
     ]
 
 
-def _per_class(evaluated: Mapping[str, Any], index: CocoIndex) -> dict[str, float]:
-    """AP of each class that has ground truth (area all, 100 detections)."""
-    precision = np.asarray(evaluated["precision"])[:, :, :, 0, -1]  # [T, R, K]
+def _per_class(precision: NDArray[np.float64], index: CocoIndex) -> dict[str, float]:
+    """AP of each class that has ground truth; precision [10, 101, K]."""
     found = {}
     for label, name in enumerate(index.classes.names):
         values = precision[:, :, label]

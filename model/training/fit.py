@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +21,7 @@ from model.errors import CheckpointError, DivergedError
 from model.network.detector import Detector
 from model.training import state
 from model.training.config import Recipe
-from model.training.evaluation import evaluate
+from model.training.evaluation import Evaluation, evaluate
 from model.training.runtime import Runtime
 from model.training.step import Schedule, Trainee
 
@@ -56,7 +57,7 @@ class LogMeter:
     seconds: float = 0.0
     waited: float = 0.0
     images: int = 0
-    steps_timed: int = 0
+    times: list[float] = field(default_factory=list)
     damaged_images: int = 0
     saving: float = 0.0
 
@@ -69,7 +70,7 @@ class LogMeter:
         self.seconds += seconds
         self.waited += waited
         self.images += images
-        self.steps_timed += 1
+        self.times.append(seconds)
 
     def reduced(self) -> Tensor:
         """Global sums and, last, the number of steps they cover. Collective."""
@@ -85,9 +86,11 @@ class LogMeter:
         metrics = {key: value / steps for key, value in zip(LOG_KEYS, sums, strict=True)}
         if damaged:
             metrics["data/damaged_images"] = damaged
-        if self.seconds > 0:
+        if self.times:
             metrics["perf/img_per_s"] = self.images / self.seconds
-            metrics["perf/step_s"] = self.seconds / self.steps_timed
+            metrics["perf/step_s"] = self.seconds / len(self.times)
+            metrics["perf/step_s_p50"] = float(np.percentile(self.times, 50))
+            metrics["perf/step_s_p95"] = float(np.percentile(self.times, 95))
             metrics["perf/data_wait_share"] = self.waited / self.seconds
         if self.saving:
             metrics["perf/checkpoint_blocked_s"] = self.saving
@@ -96,7 +99,7 @@ class LogMeter:
 
     def forget(self) -> None:
         self.sums.zero_()
-        self.seconds, self.waited, self.images, self.steps_timed = 0.0, 0.0, 0, 0
+        self.seconds, self.waited, self.images, self.times = 0.0, 0.0, 0, []
         self.saving = 0.0
 
 
@@ -166,11 +169,14 @@ def fit(
 
     def score(done: int) -> dict[str, float]:
         runtime.arrive(done - 1, "evaluate")
-        scored = _evaluate(trainee, recipe, val, runtime)
+        found = _evaluate(trainee, recipe, val, runtime)
         if rank == 0:
-            runtime.log(done, scored)
-        save(done, scored)
-        return scored
+            weights = cast("Detector", trainee.ema.module).pyramid.fusion_weights()
+            learned = {f"fusion/{name}": weight for name, weight in weights.items()}
+            runtime.log(done, found.metrics | learned)
+            runtime.show(done, found)
+        save(done, found.metrics)
+        return found.metrics
 
     step = start
     if start and start % schedule.evaluate_every == 0 and not metrics:
@@ -297,7 +303,7 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _evaluate(
     trainee: Trainee, recipe: Recipe, val: DetectionDataset, runtime: Runtime
-) -> dict[str, float]:
+) -> Evaluation:
     return evaluate(
         trainee.ema.module,
         val,

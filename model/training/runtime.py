@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from model.training.evaluation import Evaluation
 from model.training.watchdog import Watchdog
 
 
@@ -46,6 +47,10 @@ class Runtime(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a global step. Called on rank 0; never blocks, never raises."""
+        ...
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        """Hand over what an evaluation found, for figures. Called on rank 0; never blocks, never raises."""
         ...
 
     def save(
@@ -77,10 +82,28 @@ class CheckpointStore(Protocol):
         ...
 
 
+class Sink(Protocol):
+    """Where rank 0's records go; neither call blocks or raises."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, evaluation: Evaluation) -> None: ...
+
+
+class NoSink:
+    """Of ranks that record nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        return None
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        return None
+
+
 class ProcessGroupRuntime:
     """What both runtimes share: ranks of one torch process group, one store, one sink of metrics.
 
-    store: None keeps no checkpoints. sink: called on rank 0 with (step, metrics).
+    store: None keeps no checkpoints. sink: used on rank 0.
     save_every_s: the most that may be lost: a checkpoint is due when the last one is that old.
     """
 
@@ -91,7 +114,7 @@ class ProcessGroupRuntime:
         world_size: int,
         device: torch.device,
         store: CheckpointStore | None,
-        sink: Callable[[int, Mapping[str, float]], None],
+        sink: Sink,
         save_every_s: float | None = None,
         watchdog: Watchdog | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -119,7 +142,10 @@ class ProcessGroupRuntime:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         figures = self.store.figures() if self.store is not None else {}
-        self.sink(step, {**metrics, **figures})
+        self.sink.log(step, {**metrics, **figures})
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        self.sink.show(step, evaluation)
 
     def save(
         self, step: int, metrics: Mapping[str, float], write: Callable[[Path], None] | None
@@ -153,7 +179,7 @@ class LocalRuntime(ProcessGroupRuntime):
         self,
         *,
         store: CheckpointStore | None,
-        sink: Callable[[int, Mapping[str, float]], None],
+        sink: Sink,
         device: torch.device | None = None,
         threads: int | None = None,
         save_every_s: float | None = None,

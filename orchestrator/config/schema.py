@@ -120,10 +120,20 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """uri: an MLflow server or database (None: sqlite in the output folder)."""
+    """uri: an MLflow server or database (None: sqlite in the output folder).
+
+    required: a first start is refused while it does not answer; a run that has begun always goes on.
+    figures: pictures and curves of each evaluation, drawn in a process beside the training.
+    system_metrics_every_s: load of each node (None: never). price_per_worker_hour: what one worker
+    costs with its GPUs, in any currency.
+    """
 
     uri: str | None = None
     experiment: str = "efficientdet"
+    required: bool = True
+    figures: bool = True
+    system_metrics_every_s: float | None = 10.0
+    price_per_worker_hour: float | None = None
 
 
 @dataclass(frozen=True)

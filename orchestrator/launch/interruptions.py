@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 PREFIX = "effdet."
 WAITING_S = 60.0
@@ -16,18 +16,20 @@ class Interruptions:
 
     failures: workers that died or raised. preemptions: nodes taken away with a notice. resizes:
     restarts because nodes came or went. resumptions: the command was given again.
-    keep: called with the tags to record whenever a count changes. say: shows a line.
+    keep: called with the tags to record whenever a count changes. at_work: called with the number of
+    workers that train from now on. say: shows a line.
     """
 
     say: Callable[[str], None]
     keep: Callable[[Mapping[str, str]], None] = lambda tags: None
+    at_work: Callable[[int], None] = lambda workers: None
     failures: int = 0
     preemptions: int = 0
     resizes: int = 0
     resumptions: int = 0
     last: str | None = None
     workers: int | None = None
-    here: int = field(default=0)
+    here: int = 0
     """Failures since this process began."""
     _noticed: bool = False
     _failed: bool = False
@@ -60,6 +62,7 @@ class Interruptions:
         if self._failed:
             return
         self._failed = True
+        self.at_work(0)
         self.last = why = self._blamed or why
         if preempted or self._noticed:
             self.preemptions += 1
@@ -83,6 +86,7 @@ class Interruptions:
     def started(self, workers: int) -> None:
         """A group of workers begins."""
         before, self.workers = self.workers, workers
+        self.at_work(workers)
         if before is not None and not self._failed:
             if self._noticed or before == workers:
                 # Ray replaces a whole group without an error only when a node was to be taken away.

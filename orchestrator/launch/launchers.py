@@ -78,6 +78,7 @@ class LocalLauncher(Launcher):
         interruptions: Interruptions,
     ) -> dict[str, Any]:
         use_gpu = hardware.gpus_per_worker > 0
+        interruptions.at_work(assignment.resolved.job.launch.workers)
         return self.leader.lead(local.Order(assignment, use_gpu), progress)
 
 
@@ -133,7 +134,7 @@ class RayLauncher(Launcher):
                 launch,
                 gpus_per_worker=hardware.gpus_per_worker,
                 cpus_per_worker=hardware.cpus_per_worker,
-                name=assignment.run.run_id,
+                name=assignment.run.run_key,
                 storage_path=_ray_storage(assignment, self.cluster),
                 interruptions=interruptions,
             )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.training.runtime import LocalRuntime, join_torchrun
-from orchestrator.launch.worker import Assignment, Board, Recorder, open_store, open_watchdog, train
+from model.training.runtime import LocalRuntime, NoSink, join_torchrun
+from orchestrator.launch.recorder import Board, NodeRecorder, Recorder
+from orchestrator.launch.worker import Assignment, open_store, open_watchdog, train
 from orchestrator.storage.background import BackgroundStore
 
 
@@ -70,7 +71,7 @@ class Leader:
         if not self._told:
             self._tell(order)
         recorder = Recorder(order.assignment, board)
-        store = BackgroundStore(open_store(order.assignment, board.say))
+        store = BackgroundStore(open_store(order.assignment, board.say, recorder))
         runtime = LocalRuntime(
             store=store,
             sink=recorder,
@@ -97,15 +98,23 @@ def follow(*, use_gpu: bool) -> int:
     order, result = box[0], {}
     if order is not None:
         board = Silence()
+        load = None
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # of another node than rank 0's
+            node = int(os.environ.get("GROUP_RANK", "1"))
+            load = NodeRecorder(order.assignment, board, node)
         store = BackgroundStore(open_store(order.assignment, board.say))
         runtime = LocalRuntime(
             store=store,
-            sink=board.log,
+            sink=NoSink(),
             device=order.device,
             threads=order.threads,
             watchdog=open_watchdog(order.assignment, rank(), world_size(), _to_stderr),
         )
-        result = train(order.assignment, runtime, store)
+        try:
+            result = train(order.assignment, runtime, store)
+        finally:
+            if load is not None:
+                load.close()
     _leave()
     return 1 if "diverged" in result else 0
 

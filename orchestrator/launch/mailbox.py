@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import StorageError, UserError
 from orchestrator.launch.interruptions import Interruptions
-from orchestrator.launch.worker import Board
+from orchestrator.launch.recorder import Board
 from orchestrator.storage.filesystems import reason
 
 POLL_S = 0.25

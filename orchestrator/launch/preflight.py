@@ -9,7 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.data.folder import missing_images
 from model.data.index import ClassMap, CocoIndex
@@ -19,6 +21,7 @@ from model.detection.anchors import make_anchors
 from model.network.detector import Detector
 from model.network.footprint import GIB, activations
 from model.network.scaling import ModelConfig, resolve
+from model.training.analysis import best_anchor_iou
 from model.training.initial import load_initial
 from orchestrator.config.schema import CheckpointConfig, TrainJob
 from orchestrator.errors import ClusterError, ConfigError, DataError, StorageError
@@ -218,10 +221,8 @@ def with_loader_workers(resolved: ResolvedJob, hardware: Hardware) -> ResolvedJo
     return replace(resolved, recipe=replace(resolved.recipe, loader_workers=workers))
 
 
-def anchor_recall(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) -> float:
-    """Share of training boxes, as the network sees them unaugmented, that an anchor covers at 0.5."""
-    from model.detection.boxes import pairwise_iou
-
+def anchor_ious(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) -> NDArray[np.float32]:
+    """Best overlap of training boxes, as the network sees them unaugmented, with any anchor."""
     spec = resolved.recipe.network
     real = ~index.crowd
     owner = torch.repeat_interleave(
@@ -231,9 +232,12 @@ def anchor_recall(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) ->
     boxes = torch.from_numpy(index.boxes_xyxy[real] * scale).float()
     if len(boxes) > limit:
         boxes = boxes[torch.linspace(0, len(boxes) - 1, limit).long()]
-    anchors = make_anchors(spec)
-    covered = [(pairwise_iou(part, anchors).amax(dim=1) >= 0.5) for part in boxes.split(64)]
-    return float(torch.cat(covered).float().mean()) if covered else 0.0
+    return best_anchor_iou(boxes, make_anchors(spec))
+
+
+def describe_anchors(ious: NDArray[np.float32]) -> str:
+    recall = float((ious >= 0.5).mean()) if len(ious) else 0.0
+    return f"{recall:.1%} of training boxes overlap an anchor by half or more"
 
 
 def check_initial(resolved: ResolvedJob, classes: ClassMap) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from ray.train.torch import get_device
 from model.training.runtime import (
     CheckpointStore,
     Decision,
+    NoSink,
     ProcessGroupRuntime,
+    Sink,
     agree,
     set_threads,
 )
 from model.training.watchdog import Watchdog
 from orchestrator.errors import ClusterError, UserError
 from orchestrator.launch.mailbox import RemoteBoard, Requests, ends_the_run
-from orchestrator.launch.worker import Assignment, Recorder, open_store, open_watchdog, train
+from orchestrator.launch.recorder import NodeRecorder, Recorder
+from orchestrator.launch.worker import Assignment, open_store, open_watchdog, train
 from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.filesystems import reason
 
@@ -47,7 +50,7 @@ class RayRuntime(ProcessGroupRuntime):
         world_size: int,
         device: torch.device,
         store: CheckpointStore | None,
-        sink: Callable[[int, Mapping[str, float]], None],
+        sink: Sink,
         save_every_s: float | None = None,
         requests: Requests | None = None,
         watchdog: Watchdog | None = None,
@@ -125,19 +128,22 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if refused is not None:
         return {"refused": refused}
     board = RemoteBoard(actor)
-    store = BackgroundStore(open_store(assignment, board.say))
     context = ray.train.get_context()
     rank = context.get_world_rank()
     if rank == 0:
         board.tell("started", context.get_world_size())
     set_threads(context.get_local_world_size(), assignment.resolved.job.launch.threads_per_worker)
     recorder = Recorder(assignment, board) if rank == 0 else None
+    load = None
+    if recorder is None and context.get_local_rank() == 0:
+        load = NodeRecorder(assignment, board, context.get_node_rank())
+    store = BackgroundStore(open_store(assignment, board.say, recorder))
     runtime = RayRuntime(
         rank=rank,
         world_size=context.get_world_size(),
         device=get_device(),
         store=store,
-        sink=recorder or (lambda step, metrics: None),
+        sink=recorder or NoSink(),
         save_every_s=assignment.save_every_s,
         watchdog=open_watchdog(assignment, rank, context.get_world_size(), board.blame),
         requests=Requests(actor) if rank == 0 else None,
@@ -150,8 +156,9 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             ray.get(actor.refuse.remote(error))
         raise
     finally:
-        if recorder is not None:
-            recorder.close()
+        for records in (recorder, load):
+            if records is not None:
+                records.close()
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,27 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.config.cli import Options
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError, DivergedError, GaveUpError, StorageError, UserError
 from orchestrator.launch import local, preflight
+from orchestrator.launch.bookkeeping import Bookkeeper, dataset_facts
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.launchers import ROOT, Launcher, LocalLauncher, RayLauncher, check_launcher
 from orchestrator.launch.progress import Progress, duration, print_table
 from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
+from orchestrator.launch.usage import describe_usage
 from orchestrator.launch.worker import Assignment, open_store
-from orchestrator.records.provenance import provenance
-from orchestrator.records.tracker import CHECKPOINTS, TrackedRun, Tracker, without_secret
+from orchestrator.records.run import DIVERGED, FINISHED, TrackedRun
+from orchestrator.records.runs import Runs
+from orchestrator.records.secrets import without_secret
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import check_writable, open_place
 from orchestrator.storage.retry import retrying
@@ -68,24 +73,21 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
     ):
         checked = preflight.check_data(split, index, job)
         rows.append(preflight.describe_data(split, index, name, checked))
-    recall = preflight.anchor_recall(resolved, train_index)
-    rows.append(
-        ("anchor recall", f"{recall:.1%} of training boxes overlap an anchor by half or more")
-    )
+    ious = preflight.anchor_ious(resolved, train_index)
+    rows.append(("anchor recall", preflight.describe_anchors(ious)))
     check_writable(open_place(str(resolved.output), "run.output"), "run.output")
-    if job.checkpoint.uri is not None:
-        check_writable(open_place(job.checkpoint.uri, "checkpoint.uri"), "checkpoint.uri")
-    uri = job.tracking.uri or f"sqlite:///{resolved.output / 'mlflow.db'}"
-    tracker = Tracker(uri, job.tracking.experiment, resolved.output / "artifacts")
-    checkpoints = job.checkpoint.uri or tracker.artifact_location()
-    if checkpoints.startswith("mlflow-artifacts:"):
-        checkpoints = str(resolved.output)
-    space = preflight.check_space(
-        open_place(checkpoints, "checkpoint.uri"), derived.cost.params, job.checkpoint
-    )
+    runs = _open_runs(resolved, out)
+    silent = runs.check(resolved.key(), resume=options.resume, required=job.tracking.required)
+    known = None if options.resume == "never" else runs.unfinished(resolved.key())
+    place = open_place(_checkpoints_base(resolved, runs), "checkpoint.uri")
+    check_writable(place, "checkpoint.uri")
+    if runs.tracker is not None:
+        runs.tracker.check_artifacts()
+    space = preflight.check_space(place, derived.cost.params, job.checkpoint)
     if space:
         rows.append(("disk", space))
-    rows.append(("tracker", f"{without_secret(uri)}, experiment {job.tracking.experiment}"))
+    tracked = f"{without_secret(runs.uri)}, experiment {job.tracking.experiment}"
+    rows.append(("tracker", silent or tracked))
 
     with launcher:
         hardware = preflight.choose_hardware(
@@ -97,10 +99,9 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
         resolved, memory = preflight.check_memory(resolved, derived, hardware, per_node)
         rows.append(("memory", memory))
         resolved = preflight.with_loader_workers(resolved, hardware)
-        continues = options.resume != "never" and tracker.find_unfinished(resolved.key())
-        if resolved.recipe.pretrained and not continues:
+        if resolved.recipe.pretrained and known is None:
             preflight.fetch_backbone(resolved)
-        if job.model.init and not continues:
+        if job.model.init and known is None:
             initial = preflight.check_initial(resolved, train_index.classes)
             rows.append(("initial weights", initial))
         rows += [("note", note) for note in resolved.notes]
@@ -109,24 +110,36 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
             return Outcome(0, _report(resolved, derived, "dry run", None, None, {}))
 
         with _only_one(resolved):
-            run = tracker.open_run(name=resolved.name, key=resolved.key(), resume=options.resume)
-            return _run_tracked(resolved, derived, hardware, launcher, tracker, run, began, out)
+            run = runs.open(name=resolved.name, key=resolved.key(), resume=options.resume)
+            run = replace(run, checkpoints_uri=_checkpoints_uri(resolved, run))
+            facts = {
+                "training": dataset_facts(resolved.train, train_index),
+                "validation": dataset_facts(resolved.val, val_index),
+            }
+            work = Work(resolved, derived, hardware, launcher, runs, facts, ious)
+            return _run_tracked(work, run, began, out)
 
 
-def _run_tracked(
-    resolved: ResolvedJob,
-    derived: Derived,
-    hardware: preflight.Hardware,
-    launcher: Launcher,
-    tracker: Tracker,
-    run: TrackedRun,
-    began: float,
-    out: TextIO,
-) -> Outcome:
-    assignment = Assignment(resolved, run, _checkpoints_uri(resolved, run))
-    tags = provenance(ROOT) | {CHECKPOINTS: assignment.checkpoints_uri}
-    tracker.describe(run.run_id, preflight.as_params(resolved, derived), tags)
-    tracker.log_dict(run.run_id, resolved.config(), "config.yaml")
+@dataclass(frozen=True)
+class Work:
+    """A checked job, ready to be run."""
+
+    resolved: ResolvedJob
+    derived: Derived
+    hardware: preflight.Hardware
+    launcher: Launcher
+    runs: Runs
+    facts: dict[str, dict[str, Any]]
+    anchor_ious: NDArray[np.float32]
+
+
+def _run_tracked(work: Work, run: TrackedRun, began: float, out: TextIO) -> Outcome:
+    resolved, derived = work.resolved, work.derived
+    val = work.facts["validation"]
+    assignment = Assignment(
+        resolved, run, run.checkpoints_uri,
+        {"name": val["name"], "digest": val["digest"]}, work.anchor_ious,
+    )  # fmt: skip
     progress = Progress(
         total_steps=derived.schedule.total,
         steps_per_epoch=derived.schedule.steps_per_epoch,
@@ -134,29 +147,35 @@ def _run_tracked(
         stream=out,
     )
     store = open_store(assignment, progress.say)
-    check_writable(store.place, "checkpoint.uri")
     if run.continued:
         steps = store.steps()
         at = f"from step {steps[-1]}" if steps else "from its start, it has no checkpoint"
-        progress.say(f"continuing unfinished run {run.run_id} {at} (--fresh starts a new one)")
-    interruptions = Interruptions(progress.say, partial(tracker.tag, run.run_id))
+        progress.say(
+            f"continuing unfinished run {run.run_id or run.run_key} {at} (--fresh starts a new one)"
+        )
+    books = Bookkeeper(
+        work.runs, run, resolved, step=lambda: progress.step, say=progress.say,
+        gpus_per_worker=work.hardware.gpus_per_worker,
+    )  # fmt: skip
+    books.begin(ROOT, derived, work.facts)
+    interruptions = Interruptions(progress.say, books.happened, books.usage.at_work)
     if run.continued:
-        interruptions.recall(tracker.tags(run.run_id))
+        interruptions.recall(books.recalled())
         interruptions.resumed()
     status, outcome, code = "FAILED", "failed", 1
     result: dict[str, Any] = {}
     try:
         with _interruptible():
-            result = launcher.run(assignment, hardware, progress, interruptions)
+            result = work.launcher.run(assignment, work.hardware, progress, interruptions)
         diverged = result.get("diverged")
         if isinstance(diverged, DivergedError):
-            outcome = "diverged"
+            outcome = DIVERGED
             progress.close()
             print(f"diverged: {diverged}", file=sys.stderr)
         elif result["stopped"]:
             status, outcome, code = "KILLED", f"stopped: {result['stopped']}", 130
         else:
-            status, outcome, code = "FINISHED", "finished", 0
+            status, outcome, code = "FINISHED", FINISHED, 0
     except KeyboardInterrupt:
         status, outcome, code = "KILLED", "interrupted", 130
     except GaveUpError as error:
@@ -165,12 +184,16 @@ def _run_tracked(
         print(f"failed: {interruptions.last or error}\n{error.cause}", file=sys.stderr)
     finally:
         progress.close()
-        trouble = tracker.end(run.run_id, status=status, outcome=outcome)
+        report = _report(resolved, derived, outcome, books.run, store, result)
+        report |= {"interruptions": interruptions.counts(), "last_interruption": interruptions.last}
+        used = books.usage.close()
+        rows = _summary(report, interruptions.describe(), used, began)
+        trouble = books.finish(status, outcome, rows, done=outcome in (FINISHED, DIVERGED))
         if trouble:
-            progress.say(f"the tracker could not be told that the run {outcome} ({trouble})")
-    report = _report(resolved, derived, outcome, run, store, result)
-    report |= {"interruptions": interruptions.counts(), "last_interruption": interruptions.last}
-    _print_summary(resolved, report, interruptions.describe(), tracker, began, out)
+            progress.say(trouble)
+    report |= {"run_id": books.run.run_id, "usage": used}
+    rows += _where_to_look(report, work.runs, books.run)
+    print_table(resolved.name, rows, out)
     return Outcome(code, report)
 
 
@@ -207,26 +230,17 @@ def _report(
     }
 
 
-def _print_summary(
-    resolved: ResolvedJob,
-    report: dict[str, Any],
-    interrupted: str | None,
-    tracker: Tracker,
-    began: float,
-    out: TextIO,
-) -> None:
+def _summary(
+    report: dict[str, Any], interrupted: str | None, used: dict[str, float], began: float
+) -> list[tuple[str, str]]:
     metrics = report["metrics"]
     scores = [
         f"{key.removeprefix('val/')} {metrics[key]:.3f}"
         for key in ("val/AP", "val/AP50", "val/AP75", "val/APs", "val/APm", "val/APl")
         if key in metrics
     ]
-    rows = [
-        (
-            "status",
-            f"{report['status']} at step {report['step']}, {duration(time.monotonic() - began)} in all",
-        )
-    ]
+    took = duration(time.monotonic() - began)
+    rows = [("status", f"{report['status']} at step {report['step']}, {took} in all")]
     if scores:
         rows.append(("validation", "  ".join(scores)))
     if report["img_per_s"]:
@@ -238,37 +252,61 @@ def _print_summary(
         rows.append(("rolled back", "the loss was not finite once; trained on at half the rate"))
     if interrupted:
         rows.append(("interrupted", interrupted))
+    rows.append(("used", describe_usage(used)))
     for name in ("checkpoint", "best_checkpoint"):
         if report[name]:
             rows.append((name.replace("_", " "), str(report[name])))
-    rows.append(("run", f"{report['run_id']} in {report['tracking_uri']}"))
-    if report["status"] != "finished":
+    if report["status"] != FINISHED:
         rows.append(("go on", "run the same command again: it continues this run"))
-    if tracker.uri.startswith("sqlite"):
+    return rows
+
+
+def _where_to_look(report: dict[str, Any], runs: Runs, run: TrackedRun) -> list[tuple[str, str]]:
+    if run.run_id is None:
+        return [("run", f"{run.run_key}, not yet in {report['tracking_uri']}")]
+    rows = [("run", f"{run.run_id} in {report['tracking_uri']}")]
+    if runs.uri.startswith("sqlite"):
         mlflow = Path(sys.executable).with_name("mlflow")
         shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
-        rows.append(
-            (
-                "look at it",
-                f"{shown} ui --backend-store-uri {tracker.uri}  then http://127.0.0.1:5000 (choose Model training)",
-            )
-        )
+        look = f"{shown} ui --backend-store-uri {runs.uri}  then http://127.0.0.1:5000 (choose Model training)"
     else:
-        rows.append(
-            (
-                "look at it",
-                f"{report['tracking_uri']}/#/experiments/{tracker.experiment_id}/runs/{report['run_id']}",
-            )
-        )
-    print_table(resolved.name, rows, out)
+        look = f"{report['tracking_uri']}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    return [*rows, ("look at it", look)]
+
+
+def _open_runs(resolved: ResolvedJob, out: TextIO) -> Runs:
+    """Raises TrackingError: the experiment was deleted."""
+    job = resolved.job
+    uri = job.tracking.uri or f"sqlite:///{resolved.output / 'mlflow.db'}"
+    # A database has no artifact store of its own, a server has.
+    artifact_root = None if uri.startswith("http") else (resolved.output / "artifacts").as_uri()
+    places = [open_place(str(resolved.output / "records"), "run.output")]
+    if job.checkpoint.uri is not None:
+        places.append(open_place(job.checkpoint.uri, "checkpoint.uri"))
+    return Runs(
+        uri, job.tracking.experiment, artifact_root, places, say=lambda text: print(text, file=out)
+    )
+
+
+def _checkpoints_base(resolved: ResolvedJob, runs: Runs) -> str:
+    """Beside the runs' artifacts where this process can write there, so that MLflow shows them."""
+    if resolved.job.checkpoint.uri is not None:
+        return resolved.job.checkpoint.uri
+    location = runs.tracker.artifact_location() if runs.tracker is not None else ""
+    if not location or location.startswith("mlflow-artifacts:"):  # behind the server's proxy
+        return str(resolved.output / "checkpoints")
+    return location
 
 
 def _checkpoints_uri(resolved: ResolvedJob, run: TrackedRun) -> str:
-    """Beside the run's artifacts where this process can write there, so that MLflow shows them."""
-    if resolved.job.checkpoint.uri is not None:
-        return f"{resolved.job.checkpoint.uri.rstrip('/')}/{run.run_id}"
-    if run.artifact_uri.startswith("mlflow-artifacts:"):  # behind the server's proxy
-        return str(resolved.output / "checkpoints" / run.run_id)
+    """Of one run; a continued one keeps its place unless the job now names another."""
+    base = resolved.job.checkpoint.uri
+    if run.checkpoints_uri and (base is None or run.checkpoints_uri.startswith(base)):
+        return run.checkpoints_uri
+    if base is not None:
+        return f"{base.rstrip('/')}/{run.run_key}"
+    if run.artifact_uri is None or run.artifact_uri.startswith("mlflow-artifacts:"):
+        return str(resolved.output / "checkpoints" / run.run_key)
     return f"{run.artifact_uri.rstrip('/')}/checkpoints"
 
 

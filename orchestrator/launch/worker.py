@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from model.data.index import ClassMap
 from model.errors import DivergedError
@@ -18,30 +20,40 @@ from model.training.initial import load_initial
 from model.training.runtime import ProcessGroupRuntime
 from model.training.watchdog import Watchdog
 from orchestrator.launch.preflight import out_of_memory
+from orchestrator.launch.recorder import records_place
 from orchestrator.launch.resolve import ResolvedJob
-from orchestrator.records.spool import MetricSender, Spool
-from orchestrator.records.tracker import TrackedRun
+from orchestrator.records.gallery import Exhibition
+from orchestrator.records.run import TrackedRun
 from orchestrator.storage.background import BackgroundStore
-from orchestrator.storage.checkpoints import CheckpointStore
+from orchestrator.storage.checkpoints import CheckpointStore, Witness
 from orchestrator.storage.filesystems import open_place
 from orchestrator.storage.weights import open_initial
 
 
-class Board(Protocol):
-    """Where rank 0 shows what happens; neither call blocks or raises."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-
 @dataclass(frozen=True)
 class Assignment:
-    """All that a worker is told. Picklable."""
+    """All that a worker is told. Picklable.
+
+    val_facts: name and digest of the validation data. anchor_ious: see `Exhibition`.
+    """
 
     resolved: ResolvedJob
     run: TrackedRun
     checkpoints_uri: str
+    val_facts: Mapping[str, str]
+    anchor_ious: NDArray[np.float32]
+
+    def exhibition(self, folder: Path) -> Exhibition:
+        """For the figures; folder: the run's records."""
+        val, job = self.resolved.val, self.resolved.job
+        return Exhibition(
+            run=self.run,
+            folder=folder,
+            carried_uri=records_place(self.checkpoints_uri).uri,
+            index=val.index(job.data.classes),
+            read=val.reader(),
+            anchor_ious=self.anchor_ious,
+        )
 
     @property
     def save_every_s(self) -> float | None:
@@ -49,9 +61,11 @@ class Assignment:
         return None if minutes is None else 60.0 * minutes
 
 
-def open_store(assignment: Assignment, say: Callable[[str], None]) -> CheckpointStore:
+def open_store(
+    assignment: Assignment, say: Callable[[str], None], witness: Witness | None = None
+) -> CheckpointStore:
     place = open_place(assignment.checkpoints_uri, "checkpoint.uri")
-    return CheckpointStore(place, assignment.resolved.job.checkpoint, say=say)
+    return CheckpointStore(place, assignment.resolved.job.checkpoint, say=say, witness=witness)
 
 
 def open_watchdog(
@@ -62,24 +76,6 @@ def open_watchdog(
         rank=rank, world_size=world_size, say=say,
         timeout_s=launch.hang_timeout_s, patience_s=launch.collective_timeout_s,
     )  # fmt: skip
-
-
-class Recorder:
-    """Rank 0's sink: the board at once, MLflow through the spool."""
-
-    def __init__(self, assignment: Assignment, board: Board) -> None:
-        spool = Spool(assignment.resolved.output / "spool" / f"{assignment.run.run_id}.jsonl")
-        self.sender = MetricSender(assignment.run.tracking_uri, assignment.run.run_id, spool)
-        self.board = board
-
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.board.log(step, metrics)
-        self.sender.log(step, metrics)
-
-    def close(self) -> None:
-        if not self.sender.close():
-            path: Path = self.sender.spool.path
-            self.board.say(f"the tracker did not take all metrics; the rest waits in {path}")
 
 
 def _initialise(source: str | None, classes: ClassMap, detector: Detector) -> None:

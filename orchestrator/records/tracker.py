@@ -1,46 +1,32 @@
-"""MLflow on the driver: find or create the run, describe it, end it.
-
-One run for a piece of work, whatever restarts it takes: a tag holds a key made of the name and the
-configuration, and an unfinished run with the same key is continued.
-"""
+"""MLflow as a driver meets it at its start: the experiment, its unfinished runs, its artifacts."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+import uuid
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-# Before MLflow is imported: checkpoints and models of ours hold no pickles, and none is loaded.
-os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-
-from mlflow.entities import Param, Run, RunTag
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 
 from orchestrator.errors import TrackingError
-from orchestrator.storage.filesystems import reason
+from orchestrator.records.run import DIVERGED, TrackedRun
+from orchestrator.records.secrets import redact, without_secret
+from orchestrator.storage.filesystems import reason, within
 
 logger = logging.getLogger(__name__)
 
-KEY, NAME, OUTCOME = "effdet.key", "effdet.name", "effdet.outcome"
+KEY, NAME, RUN_KEY, OUTCOME = "effdet.key", "effdet.name", "effdet.run_key", "effdet.outcome"
 CHECKPOINTS = "effdet.checkpoints"
-MAX_PARAM_CHARS, MAX_PARAMS = 500, 100
+DOWN = "tracking.uri"
 CHECK_RETRIES, CHECK_TIMEOUT_S = 1, 10
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """A run as workers and reports need it; plain data."""
-
-    tracking_uri: str
-    experiment_id: str
-    run_id: str
-    artifact_uri: str
-    continued: bool
+PROBE_TIMEOUT_S = 30.0
 
 
 class Tracker:
@@ -50,33 +36,22 @@ class Tracker:
         TrackingError: it does not answer.
     """
 
-    def __init__(self, uri: str, experiment: str, artifact_root: Path) -> None:
+    def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
         for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking", "mlflow.store"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         # The driver's calls are few; a dead server must be told within seconds, not minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(CHECK_RETRIES))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(CHECK_TIMEOUT_S))
-        self.uri = uri
+        self.uri, self.experiment = uri, experiment
         try:
             self.client = MlflowClient(uri)
-            found = self.client.get_experiment_by_name(experiment)
-            if found is None:
-                # A database has no artifact store of its own, a server has.
-                location = None if uri.startswith("http") else artifact_root.as_uri()
-                self.experiment_id = self.client.create_experiment(experiment, location)
-            else:
-                self.experiment_id = found.experiment_id
-                if found.lifecycle_stage == "deleted":
-                    raise TrackingError(
-                        "tracking.experiment", "an active experiment", f"{experiment!r}, deleted",
-                        "restore it in MLflow or choose another name (--experiment)",
-                    )  # fmt: skip
+            self.experiment_id = open_experiment(self.client, experiment, artifact_root)
         except TrackingError:
             raise
         except Exception as error:  # SQLAlchemy's, requests' and MLflow's own all mean the same
             raise TrackingError(
-                "tracking.uri", "an MLflow server or database that answers",
-                f"{without_secret(uri)} ({_cause(error)})",
+                DOWN, "an MLflow server or database that answers",
+                f"{without_secret(uri)} ({cause(error)})",
                 "start it, or correct --tracking-uri",
             ) from None  # fmt: skip
 
@@ -89,7 +64,7 @@ class Tracker:
             max_results=20,
         )
         for run in runs:
-            if run.info.status != "FINISHED" and run.data.tags.get(OUTCOME) != "diverged":
+            if run.info.status != "FINISHED" and run.data.tags.get(OUTCOME) != DIVERGED:
                 return run
         return None
 
@@ -103,95 +78,106 @@ class Tracker:
                 f"look it up in {without_secret(self.uri)}",
             ) from None  # fmt: skip
 
-    def open_run(self, *, name: str, key: str, resume: str) -> TrackedRun:
-        """Continue or create; see `orchestrator.config.cli.Options.resume`.
-
-        Raises:
-            TrackingError: a run to be continued is not there.
-        """
-        run: Run | None = None
-        if resume in ("auto", "must"):
-            run = self.find_unfinished(key)
-            if run is None and resume == "must":
-                raise TrackingError(
-                    "--resume", "an unfinished run of this name and configuration", "none",
-                    "leave --resume out to start one, or give its run id",
-                )  # fmt: skip
-        elif resume != "never":
-            run = self.get(resume)
-            if run.info.lifecycle_stage != "active" or run.data.tags.get(KEY) != key:
-                got = "a deleted one" if run.info.lifecycle_stage != "active" else "one of another"
-                raise TrackingError(
-                    "--resume", "an active run of this name and configuration", got,
-                    "give the flags it was started with, or leave --resume out to start a new run",
-                )  # fmt: skip
-        continued = run is not None
-        if run is None:
-            run = self.client.create_run(
-                self.experiment_id, run_name=name, tags={KEY: key, NAME: name}
-            )
-        else:
-            self.client.update_run(run.info.run_id, status="RUNNING")
+    def tracked(self, run: Run, artifact_root: str | None) -> TrackedRun:
+        """A run found here, to be gone on with."""
+        tags = run.data.tags
         return TrackedRun(
-            self.uri, self.experiment_id, run.info.run_id, run.info.artifact_uri, continued
+            tracking_uri=self.uri,
+            experiment=self.experiment,
+            artifact_root=artifact_root,
+            name=tags.get(NAME, run.info.run_name),
+            key=tags.get(KEY, ""),
+            run_key=tags.get(RUN_KEY, run.info.run_id),
+            began_ms=run.info.start_time,
+            run_id=run.info.run_id,
+            experiment_id=run.info.experiment_id,
+            artifact_uri=run.info.artifact_uri,
+            checkpoints_uri=tags.get(CHECKPOINTS, ""),
+            outcome=tags.get(OUTCOME, ""),
+            continued=True,
         )
 
-    def describe(self, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Parameters that differ from recorded ones (a resumed run's) are left as they were."""
-        known = self.client.get_run(run_id).data.params
-        new = [
-            Param(key, str(value)[:MAX_PARAM_CHARS])
-            for key, value in params.items()
-            if key not in known
-        ]
-        for first in range(0, len(new), MAX_PARAMS):
-            self.client.log_batch(run_id, params=new[first : first + MAX_PARAMS])
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def log_dict(self, run_id: str, content: Mapping[str, Any], file_name: str) -> None:
-        self.client.log_dict(run_id, dict(content), file_name)
+    def tags(self, run_id: str) -> dict[str, str]:
+        """{} where it does not answer."""
+        try:
+            return dict(self.client.get_run(run_id).data.tags)
+        except Exception as error:  # any trouble of any tracker
+            logger.warning("tags could not be read (%s)", cause(error))
+            return {}
 
     def artifact_location(self) -> str:
         """Of the experiment's runs."""
         return str(self.client.get_experiment(self.experiment_id).artifact_location)
 
-    def tags(self, run_id: str) -> dict[str, str]:
-        """Never raises, as `tag`."""
-        try:
-            return dict(self.client.get_run(run_id).data.tags)
-        except Exception as error:  # any trouble of any tracker
-            logger.warning("tags could not be read (%s)", _cause(error))
-            return {}
+    def check_artifacts(self) -> None:
+        """Write and remove a small artifact, as figures and models will be.
 
-    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Never raises: a tag is not worth a training."""
-        try:
-            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        except Exception as error:  # any trouble of any tracker
-            logger.warning("tags were not recorded (%s)", _cause(error))
-
-    def end(self, run_id: str, *, status: str, outcome: str) -> str | None:
-        """status: FINISHED, FAILED or KILLED; outcome: why, in a word or a line.
-
-        Returns what went wrong, None if nothing: a finished training stays one if the tracker is down.
+        Raises:
+            TrackingError: with the place and the cause.
         """
+        location = self.artifact_location()
+        name = f"probe-{uuid.uuid4().hex}.txt"
+
+        def write() -> None:
+            store = get_artifact_repository(location, tracking_uri=self.uri)
+            with tempfile.TemporaryDirectory() as folder:
+                probe = Path(folder) / name
+                probe.write_text("probe")
+                store.log_artifact(str(probe))
+            with suppress(Exception):  # whoever may not delete may still record
+                store.delete_artifacts(name)
+
         try:
-            self.client.set_tag(run_id, OUTCOME, outcome[:MAX_PARAM_CHARS])
-            self.client.set_terminated(run_id, status)
-        except Exception as error:  # any trouble of any tracker
-            return _cause(error)
-        return None
+            within(PROBE_TIMEOUT_S, write)
+        except Exception as error:  # each artifact store has its own exceptions
+            raise TrackingError(
+                "tracking.experiment", "a place that takes artifacts",
+                f"{redact(location)} ({cause(error)})",
+                "check that its bucket exists and may be written to, here or by the server, "
+                "or choose another --experiment",
+            ) from None  # fmt: skip
+
+    def read_artifact(self, run_id: str, name: str) -> str | None:
+        """None where there is none, or no answer."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, name, folder)).read_text()
+        except Exception:  # nothing that a training should wait for
+            return None
 
 
-def _cause(error: BaseException) -> str:
+def create_run(client: MlflowClient, experiment_id: str, run: TrackedRun) -> TrackedRun:
+    """MLflow's own id and place are in the result."""
+    tags = {KEY: run.key, NAME: run.name, RUN_KEY: run.run_key}
+    made = client.create_run(
+        experiment_id, start_time=run.began_ms, run_name=run.name, tags=tags
+    ).info  # fmt: skip
+    return replace(
+        run, run_id=made.run_id, experiment_id=experiment_id, artifact_uri=made.artifact_uri
+    )
+
+
+def open_experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:
+    """Id of the experiment, made if need be; artifact_root: where a database keeps artifacts.
+
+    Raises:
+        TrackingError: it was deleted.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return str(client.create_experiment(name, artifact_root))
+    if found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            "tracking.experiment", "an active experiment", f"{name!r}, deleted",
+            "restore it in MLflow or choose another name (--experiment)",
+        )  # fmt: skip
+    return str(found.experiment_id)
+
+
+def cause(error: BaseException) -> str:
     """The innermost reason, without the URL and class names that libraries wrap around it."""
     while error.__cause__ is not None or error.__context__ is not None:
         inner = error.__cause__ or error.__context__
         assert inner is not None
         error = inner
-    return reason(error)[:160]
-
-
-def without_secret(uri: str) -> str:
-    """scheme://user:password@host -> scheme://host"""
-    return re.sub(r"://[^/]*@", "://", uri)
+    return redact(reason(error))[:160]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from model.training.state import META, verify_checkpoint
 from orchestrator.config.schema import CheckpointConfig
@@ -47,13 +47,32 @@ def to_keep(found: Sequence[Kept], *, latest: int, best: int) -> set[int]:
     return {kept.step for kept in (*in_order[-latest:], *scored[-latest:], *top)}
 
 
+class Witness(Protocol):
+    """Whoever records what becomes of checkpoints."""
+
+    def carry(self) -> None:
+        """Before a commit: what was recorded until then must be as safe. May raise; then it is retried."""
+        ...
+
+    def committed(self, step: int, uri: str, metrics: Mapping[str, float]) -> None: ...
+
+    def dropped(self, step: int) -> None:
+        """By the rule of retention."""
+        ...
+
+
 class CheckpointStore:
     """Checkpoints of one run in one place. Used by one process at a time (rank 0) to write."""
 
     def __init__(
-        self, place: Place, config: CheckpointConfig, *, say: Callable[[str], None]
+        self,
+        place: Place,
+        config: CheckpointConfig,
+        *,
+        say: Callable[[str], None],
+        witness: Witness | None = None,
     ) -> None:
-        self.place, self.config, self.say = place, config, say
+        self.place, self.config, self.say, self.witness = place, config, say, witness
         self._figures: dict[str, float] = {}
 
     def steps(self) -> list[int]:
@@ -78,6 +97,8 @@ class CheckpointStore:
             draft.mkdir()
             write(draft)
             size = sum(file.stat().st_size for file in draft.iterdir())
+            if self.witness is not None:
+                self.witness.carry()
             if local is not None:
                 self._remove(step)
                 draft.rename(local / draft.name)
@@ -87,6 +108,8 @@ class CheckpointStore:
         self._figures = {"perf/checkpoint_s": seconds, "perf/checkpoint_mib": size / 2**20}
         if local is not None:
             self._figures["perf/checkpoint_free_gib"] = shutil.disk_usage(local).free / 2**30
+        if self.witness is not None:
+            self.witness.committed(step, self.uri(step), metrics)
         try:
             self._retain(step)
         except Exception as error:  # what was to be saved is saved; too many are better than none
@@ -207,6 +230,8 @@ class CheckpointStore:
         for kept in found:
             if kept.step not in keep:
                 self._remove(kept.step)
+                if self.witness is not None and kept.value is not None:
+                    self.witness.dropped(kept.step)
 
     def _remove(self, step: int) -> None:
         """The marker goes first, so that a half removed checkpoint is none."""

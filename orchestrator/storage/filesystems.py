@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -23,6 +23,8 @@ from orchestrator.errors import StorageError
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ATTEMPTS = 5, 30, 3
 PROBE_TIMEOUT_S = 20.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def check_writable(place: Place, where: str) -> None:
         return found
 
     try:
-        found = _within(PROBE_TIMEOUT_S, write_and_read)
+        found = within(PROBE_TIMEOUT_S, write_and_read)
     except Exception as error:  # each filesystem has its own exceptions
         raise StorageError(where, "a place to write", f"{place.uri} ({reason(error)})", _remedy(place)) from None  # fmt: skip
     if found != b"probe":
@@ -132,23 +134,24 @@ def abandon_uploads(place: Place) -> int:
     return len(found)
 
 
-def _within(timeout_s: float, work: Callable[[], bytes]) -> bytes:
+def within(timeout_s: float, work: Callable[[], T]) -> T:
     """`work()`, or TimeoutError. A server that accepts and never answers holds only a daemon thread."""
-    box: list[bytes | BaseException] = []
+    box: list[T] = []
+    raised: list[BaseException] = []
 
     def run() -> None:
         try:
             box.append(work())
         except BaseException as error:  # handed to the caller's thread
-            box.append(error)
+            raised.append(error)
 
     thread = threading.Thread(target=run, name="probe", daemon=True)
     thread.start()
     thread.join(timeout_s)
+    if raised:
+        raise raised[0]
     if not box:
         raise TimeoutError(f"no answer in {timeout_s:g} s")
-    if isinstance(box[0], BaseException):
-        raise box[0]
     return box[0]
 
 

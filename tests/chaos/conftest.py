@@ -9,7 +9,7 @@ from typing import Any
 
 import boto3
 import pytest
-from helpers.faulty import FaultyS3
+from helpers.faulty import FaultyProxy
 from moto.server import ThreadedMotoServer
 
 
@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 class Storage:
     """proxy: what jobs talk to. client: talks to the server itself."""
 
-    proxy: FaultyS3
+    proxy: FaultyProxy
     client: Any
     bucket: str
 
@@ -58,5 +58,5 @@ def storage(server: str) -> Iterator[Storage]:
     )  # fmt: skip
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=bucket)
-    with FaultyS3(server, seed=7) as proxy:
+    with FaultyProxy(server, seed=7) as proxy:
         yield Storage(proxy, client, bucket)

@@ -33,6 +33,7 @@ TINY = {
     "optim.lr_per_64": 0.2,
     "optim.warmup": "{steps: 4}",
     "optim.ema_decay": 0.9,
+    "tracking.figures": "false",
 }
 
 

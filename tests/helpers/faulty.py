@@ -1,4 +1,4 @@
-"""An S3 server that fails on demand: a proxy in front of a real one."""
+"""A server that fails on demand: a proxy in front of a real one, with S3's words for its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ERRORS = {
 }
 
 
-class FaultyS3:
+class FaultyProxy:
     """A proxy on 127.0.0.1 in front of `endpoint`.
 
     share: of requests that get an error, drawn from `seed`. hang_s: seconds before each answer.
@@ -86,13 +86,13 @@ class FaultyS3:
                 except OSError:  # the client did not wait
                     self.close_connection = True
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
+            do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = pass_on
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def __enter__(self) -> FaultyS3:
+    def __enter__(self) -> FaultyProxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 

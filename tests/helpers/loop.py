@@ -19,6 +19,7 @@ from model.detection.postprocess import PostprocessConfig
 from model.network.detector import Detector
 from model.network.scaling import ModelConfig, resolve
 from model.training.config import Duration, OptimConfig, Recipe, TrainConfig
+from model.training.evaluation import Evaluation
 from model.training.fit import FitResult, fit
 from model.training.runtime import ProcessGroupRuntime
 from orchestrator.config.schema import CheckpointConfig
@@ -75,8 +76,13 @@ class Record:
 
     rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+    shown: list[tuple[int, Evaluation]] = field(default_factory=list)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.rows.append((step, dict(metrics)))
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        self.shown.append((step, evaluation))
 
     def values(self, key: str) -> list[tuple[int, float]]:
         return [(step, metrics[key]) for step, metrics in self.rows if key in metrics]

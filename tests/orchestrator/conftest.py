@@ -49,7 +49,7 @@ def closed_port() -> int:
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     """An experiment in a sqlite database; its first opening takes seconds."""
     folder = tmp_path_factory.mktemp("mlflow")
-    return Tracker(f"sqlite:///{folder / 'mlflow.db'}", "tests", folder / "artifacts")
+    return Tracker(f"sqlite:///{folder / 'mlflow.db'}", "tests", (folder / "artifacts").as_uri())
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
 class Dying(Record):
     """Whoever logs to it is gone."""
 
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         raise RuntimeError("pulled the plug")
 
 

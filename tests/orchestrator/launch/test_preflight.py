@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from orchestrator.launch.preflight import (
     BASE_BYTES,
     COPIES_OF_WEIGHTS,
     Hardware,
-    anchor_recall,
+    anchor_ious,
     as_params,
     check_data,
     check_memory,
@@ -235,7 +236,7 @@ def test_anchor_recall(ready: Ready, kind: str, expected: float) -> None:
         "categories": [{"id": 1, "name": "thing"}],
     }
     index = parse_coco(json.dumps(document).encode(), "train.json")
-    assert anchor_recall(resolved, index) == pytest.approx(expected)
+    assert (anchor_ious(resolved, index) >= 0.5).mean() == pytest.approx(expected)
 
 
 def test_checkpoints_need_room(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_a_worker_says_which_batch_fits(
     job: TrainJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The device's own error, with what to do instead of an address and a number of bytes."""
-    from model.training.runtime import LocalRuntime
+    from model.training.runtime import LocalRuntime, NoSink
     from orchestrator.launch import worker
     from orchestrator.storage.background import BackgroundStore
     from orchestrator.storage.checkpoints import CheckpointStore
@@ -280,8 +281,8 @@ def test_a_worker_says_which_batch_fits(
     place = open_place(str(tmp_path / "checkpoints"), "test")
     store = BackgroundStore(CheckpointStore(place, job.checkpoint, say=print))
     resolved, _, _ = resolve_job(job)
-    run = worker.TrackedRun("sqlite://", "0", "run", "artifacts", False)
-    assignment = worker.Assignment(resolved, run, place.uri)
-    runtime = LocalRuntime(store=store, sink=lambda step, metrics: None)
+    run = worker.TrackedRun("sqlite://", "0", None, "run", "key", "run-1", 0)
+    assignment = worker.Assignment(resolved, run, place.uri, {}, np.empty(0, dtype=np.float32))
+    runtime = LocalRuntime(store=store, sink=NoSink())
     with pytest.raises(ConfigError, match=r"out of memory with 4 image.* set train.bn_group 2,"):
         worker.train(assignment, runtime, store)

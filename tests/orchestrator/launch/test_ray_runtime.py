@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from model.training.runtime import Decision
+from model.training.runtime import Decision, NoSink
 from orchestrator.launch.mailbox import Requests
 from orchestrator.launch.ray_runtime import SAVE_EVERY_S_ON_NOTICE, Notices, RayRuntime
 from orchestrator.storage.checkpoints import CheckpointStore
@@ -59,7 +59,7 @@ def _decide(rank: int, folder: str) -> None:
 
     runtime = RayRuntime(
         rank=rank, world_size=2, device=torch.device("cpu"), store=None,
-        sink=lambda step, metrics: None, requests=Asked(decisions) if rank == 0 else None,
+        sink=NoSink(), requests=Asked(decisions) if rank == 0 else None,
         notices=Notices(clock, ask),
     )  # fmt: skip
     while len(decisions) < STEPS:
@@ -93,7 +93,7 @@ def test_a_checkpoint_is_due_by_rank_0s_clock(tmp_path: Path) -> None:
     def runtime(rank: int) -> ProcessGroupRuntime:
         return ProcessGroupRuntime(
             rank=rank, world_size=1, device=torch.device("cpu"), store=store,
-            sink=lambda step, metrics: None, save_every_s=60, clock=lambda: now,
+            sink=NoSink(), save_every_s=60, clock=lambda: now,
         )  # fmt: skip
 
     first, second = runtime(0), runtime(1)

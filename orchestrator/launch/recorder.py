@@ -1,0 +1,127 @@
+"""What workers record: rank 0 the training, and on each node one worker its load."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from model.training.evaluation import Evaluation
+from orchestrator.records.gallery import FUSION, Gallery
+from orchestrator.records.journal import metrics_record
+from orchestrator.records.sender import Sender, open_spool
+from orchestrator.records.system import SystemSampler
+from orchestrator.storage.filesystems import Place, open_place
+
+if TYPE_CHECKING:
+    from orchestrator.launch.worker import Assignment
+
+SCORES = "val/"
+
+
+class Board(Protocol):
+    """Where rank 0 shows what happens; neither call blocks or raises."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Recorder:
+    """Rank 0's sink: the board at once, MLflow through the spool, figures in a process beside."""
+
+    def __init__(self, assignment: Assignment, board: Board) -> None:
+        self.assignment, self.board = assignment, board
+        self.sender = _sender(assignment, "rank0.jsonl", board)
+        self.gallery: Gallery | None = None
+        self.system = _system(assignment, self.sender, node=0)
+        self._scored_ms: dict[int, int] = {}
+        self._fusion: dict[str, float] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        record = metrics_record(step, metrics)
+        self.sender.log(record)
+        self.board.log(step, metrics)
+        if any(key.startswith(SCORES) for key in metrics):
+            self._scored_ms[step] = record["time_ms"]
+            self._fusion = {
+                key.removeprefix(FUSION): value
+                for key, value in metrics.items()
+                if key.startswith(FUSION)
+            }
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        """After `log` of the same step."""
+        if not self.assignment.resolved.job.tracking.figures:
+            return
+        if self.gallery is None:
+            folder = self.sender.spool.path.parent
+            self.gallery = Gallery(
+                folder, partial(self.assignment.exhibition, folder), say=self.board.say
+            )
+        self.gallery.show(step, evaluation, self._fusion)
+
+    def carry(self) -> None:
+        self.sender.carry()
+
+    def committed(self, step: int, uri: str, metrics: Mapping[str, float]) -> None:
+        """Only what was scored is a model to choose from."""
+        scores = {key: value for key, value in metrics.items() if key.startswith(SCORES)}
+        if scores and step in self._scored_ms:
+            self.sender.log(
+                {"op": "checkpoint", "step": step, "time_ms": self._scored_ms[step], "uri": uri,
+                 "metrics": scores, "dataset": dict(self.assignment.val_facts)}
+            )  # fmt: skip
+
+    def dropped(self, step: int) -> None:
+        self.sender.log({"op": "dropped", "step": step})
+
+    def close(self) -> None:
+        if self.system is not None:
+            self.system.close()
+        if self.gallery is not None:
+            self.gallery.finish()
+        if not self.sender.close():
+            path: Path = self.sender.spool.path
+            self.board.say(f"the tracker did not take all records; the rest waits in {path}")
+        if self.gallery is not None:
+            self.gallery.close()
+
+
+class NodeRecorder:
+    """The load of a node without rank 0; used by its first worker."""
+
+    def __init__(self, assignment: Assignment, board: Board, node: int) -> None:
+        self.sender = _sender(assignment, f"{socket.gethostname()}.jsonl", board)
+        self.system = _system(assignment, self.sender, node=node)
+
+    def close(self) -> None:
+        if self.system is not None:
+            self.system.close()
+        self.sender.close()
+
+
+def records_folder(output: Path, run_key: str) -> Path:
+    """Of a run on this node."""
+    return output / "records" / run_key
+
+
+def records_place(checkpoints_uri: str) -> Place:
+    """Beside a run's checkpoints: what could not be sent from its nodes."""
+    return open_place(checkpoints_uri, "checkpoint.uri").join("records")
+
+
+def _sender(assignment: Assignment, name: str, board: Board) -> Sender:
+    folder = records_folder(assignment.resolved.output, assignment.run.run_key)
+    carried = records_place(assignment.checkpoints_uri)
+    spool = open_spool(folder / name, carried)
+    return Sender(assignment.run, spool, carry_to=carried, say=board.say)
+
+
+def _system(assignment: Assignment, sender: Sender, *, node: int) -> SystemSampler | None:
+    every_s = assignment.resolved.job.tracking.system_metrics_every_s
+    if every_s is None:
+        return None
+    return SystemSampler(sender.log, node, every_s=every_s, began_ms=assignment.run.began_ms)
