@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from orchestrator.launch.resolve import Derived, ResolvedJob, Split
 from orchestrator.launch.usage import Usage
 from orchestrator.records.journal import DRIVER, Journal
 from orchestrator.records.provenance import provenance
-from orchestrator.records.run import DIVERGED, FINISHED, TrackedRun
+from orchestrator.records.run import TrackedRun
 from orchestrator.records.runs import Runs
 from orchestrator.records.sender import Sender, open_spool
+from orchestrator.records.spool import Spool
 from orchestrator.records.tracker import CHECKPOINTS
 
 CLOSE_TIMEOUT_S = 4.0
@@ -47,8 +48,10 @@ class Bookkeeper:
         self.runs, self.run, self.resolved, self.step, self.say = runs, run, resolved, step, say
         folder = records_folder(resolved.output, run.run_key)
         carried = records_place(run.checkpoints_uri)
+        spool = open_spool(folder / DRIVER, carried)
+        self._earlier = _Earlier.of(spool)
         sender = Sender(
-            run, open_spool(folder / DRIVER, carried), creates=True, carry_to=carried, say=say,
+            run, spool, creates=True, carry_to=carried, say=say,
             found=self._found,
         )  # fmt: skip
         self.journal = Journal(sender)
@@ -66,10 +69,10 @@ class Bookkeeper:
         """datasets: facts by context, see `dataset_facts`."""
         if self.run.continued:
             self.journal.begin()
-            tags = self.runs.tags(self.run) or self._spooled_tags()
+            tags = self._earlier.tags(self.runs.tags(self.run))
             self.usage.recall(tags)
             self._counts = tags
-            self.events = self._earlier_events()
+            self.events = self._earlier.events(self._recorded_events())
         source = provenance(root)
         self.journal.params(preflight.as_params(self.resolved, derived))
         self.journal.tags(source.tags | {CHECKPOINTS: self.run.checkpoints_uri})
@@ -133,26 +136,46 @@ class Bookkeeper:
         self.journal.metrics(int(time.time() - self.run.began_ms / 1000), metrics)
         self.journal.tags(tags)
 
-    def _spooled_tags(self) -> dict[str, str]:
-        """What earlier processes recorded, where MLflow cannot be asked."""
-        records, _ = self.journal.sender.spool.read(0, limit=sys.maxsize)
-        tags: dict[str, str] = {}
-        for record in records:
-            tags |= record.get("tags", {})
-        return tags
-
-    def _earlier_events(self) -> list[list[Any]]:
+    def _recorded_events(self) -> str | None:
         tracker, run_id = self.runs.tracker, self.run.run_id
-        text = tracker.read_artifact(run_id, EVENTS) if tracker and run_id else None
-        try:
-            return list(json.loads(text)["data"]) if text else []
-        except (ValueError, KeyError):
-            return []
+        return tracker.read_artifact(run_id, EVENTS) if tracker and run_id else None
 
     def _write_events(self) -> None:
         """As a table that the MLflow UI shows as one."""
         columns = ["time", "step", "event", "why"]
         self.journal.text(EVENTS, json.dumps({"columns": columns, "data": self.events}))
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What earlier processes of the run spooled: all of it, and what is not sent yet."""
+
+    spooled: list[dict[str, Any]]
+    unsent: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, spool: Spool) -> _Earlier:
+        everything, _ = spool.read(0, limit=sys.maxsize)
+        unsent, _ = spool.read(spool.position(), limit=sys.maxsize)
+        return cls(everything, unsent)
+
+    def tags(self, recorded: Mapping[str, str]) -> dict[str, str]:
+        """recorded: what MLflow has, {} if it cannot be asked; what it has not got yet is newer."""
+        tags = dict(recorded)
+        for record in self.unsent if recorded else self.spooled:
+            tags |= record.get("tags", {})
+        return tags
+
+    def events(self, recorded: str | None) -> list[list[Any]]:
+        """recorded: the table that MLflow has, None if there is none."""
+        newest = recorded
+        for record in self.spooled if recorded is None else self.unsent:
+            if record["op"] == "text" and record["to"] == EVENTS:
+                newest = record["text"]
+        try:
+            return list(json.loads(newest)["data"]) if newest else []
+        except (ValueError, KeyError):
+            return []
 
 
 def dataset_facts(split: Split, index: CocoIndex) -> dict[str, Any]:
@@ -165,10 +188,6 @@ def dataset_facts(split: Split, index: CocoIndex) -> dict[str, Any]:
     name = f"{split.annotations.parent.parent.name or 'data'}/{split.annotations.stem}"
     source = str(split.annotations)
     return {"name": name, "digest": index.digest(), "source": source, "profile": profile}
-
-
-def is_done(outcome: str) -> bool:
-    return outcome in (FINISHED, DIVERGED)
 
 
 def _markdown(resolved: ResolvedJob, rows: Sequence[tuple[str, str]]) -> str:

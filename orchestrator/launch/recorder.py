@@ -72,7 +72,8 @@ class Recorder:
         if scores and step in self._scored_ms:
             self.sender.log(
                 {"op": "checkpoint", "step": step, "time_ms": self._scored_ms[step], "uri": uri,
-                 "metrics": scores, "dataset": dict(self.assignment.val_facts)}
+                 "metrics": scores, "dataset": dict(self.assignment.val_facts),
+                 "best_by": self.assignment.resolved.job.checkpoint.metric}
             )  # fmt: skip
 
     def dropped(self, step: int) -> None:

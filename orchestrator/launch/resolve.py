@@ -359,6 +359,8 @@ def _check_numbers(job: TrainJob) -> None:
         ("checkpoint.keep_latest", job.checkpoint.keep_latest, 2),
         ("checkpoint.part_mib", job.checkpoint.part_mib, 5),  # S3's least
         ("checkpoint.keep_best", job.checkpoint.keep_best, 0),
+        ("tracking.system_metrics_every_s", job.tracking.system_metrics_every_s, 1),
+        ("tracking.price_per_worker_hour", job.tracking.price_per_worker_hour, 0),
     ):
         if given is not None and given < least:
             raise ConfigError(where, f"at least {least}", str(given))

@@ -35,6 +35,7 @@ from orchestrator.storage.filesystems import check_writable, open_place
 from orchestrator.storage.retry import retrying
 
 REPORT_PATIENCE_S = 60.0
+IN_TRAINING_MODE = "workflowType=machine_learning"  # else MLflow's pages open in that for agents
 
 
 @dataclass(frozen=True)
@@ -265,13 +266,13 @@ def _where_to_look(report: dict[str, Any], runs: Runs, run: TrackedRun) -> list[
     if run.run_id is None:
         return [("run", f"{run.run_key}, not yet in {report['tracking_uri']}")]
     rows = [("run", f"{run.run_id} in {report['tracking_uri']}")]
+    page = f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?{IN_TRAINING_MODE}"
     if runs.uri.startswith("sqlite"):
         mlflow = Path(sys.executable).with_name("mlflow")
         shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
-        look = f"{shown} ui --backend-store-uri {runs.uri}  then http://127.0.0.1:5000 (choose Model training)"
-    else:
-        look = f"{report['tracking_uri']}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-    return [*rows, ("look at it", look)]
+        rows.append(("look at it", f"{shown} ui --backend-store-uri {runs.uri}"))
+        return [*rows, ("", f"then http://127.0.0.1:5000{page}")]
+    return [*rows, ("look at it", f"{report['tracking_uri']}{page}")]
 
 
 def _open_runs(resolved: ResolvedJob, out: TextIO) -> Runs:

@@ -7,7 +7,8 @@ Kinds of records ("op"):
     text        text, to: an artifact
     file        file (relative to the spool's folder), to: an artifact
     dataset     name, digest, source, context, profile
-    checkpoint  step, time_ms, uri, metrics, dataset: one that is kept, as a LoggedModel without files
+    checkpoint  step, time_ms, uri, metrics, dataset, best_by: one that is kept, as a LoggedModel
+                without files
     dropped     step: one that is not kept any more
     begin       a restart: the run is active again
     end         status, outcome, time_ms
@@ -18,6 +19,7 @@ same steps.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +31,8 @@ from mlflow.tracking import MlflowClient
 from orchestrator.records.run import TrackedRun
 from orchestrator.records.tracker import OUTCOME, RUN_KEY
 
-STEP, URI, EXTERNAL = "effdet.step", "effdet.checkpoint_uri", "mlflow.model.isExternal"
+STEP, URI, ROLE = "effdet.step", "effdet.checkpoint_uri", "effdet.role"
+EXTERNAL = "mlflow.model.isExternal"
 CONTEXT = "mlflow.data.context"
 MAX_BATCH = 1000  # MLflow's limit for log_batch
 MAX_PARAM_CHARS, MAX_PARAMS, MAX_TAG_CHARS = 500, 100, 5000
@@ -136,19 +139,33 @@ class Scribe:
             for key, value in record["metrics"].items()
         ]  # fmt: skip
         self.client.log_batch(self.run_id, metrics=metrics)
+        self._mark(record["best_by"])
 
     def _dropped(self, record: dict[str, Any]) -> None:
         for model in self._models(int(record["step"])):
             self.client.delete_logged_model(model.model_id)
 
-    def _models(self, step: int) -> list[LoggedModel]:
-        """LoggedModels of this run's checkpoint of a step."""
+    def _mark(self, metric: str) -> None:
+        """Say of each kept checkpoint whether it is the best and the last."""
+        scores: dict[str, tuple[float, int]] = {}
+        models = {model.model_id: model for model in self._models()}
+        for model_id, model in models.items():
+            value = [found.value for found in model.metrics or [] if found.key == metric]
+            scores[model_id] = (value[-1] if value else -math.inf, int(model.tags[STEP]))
+        best = max(scores, key=lambda model_id: scores[model_id])
+        last = max(scores, key=lambda model_id: scores[model_id][1])
+        for model_id, model in models.items():
+            roles = [role for role, of in (("best", best), ("last", last)) if of == model_id]
+            if model.tags.get(ROLE, "") != " ".join(roles):
+                self.client.set_logged_model_tags(model_id, {ROLE: " ".join(roles)})
+
+    def _models(self, step: int | None = None) -> list[LoggedModel]:
+        """This run's checkpoints as LoggedModels, all or those of a step."""
         experiment = self.client.get_run(self.run_id).info.experiment_id
-        found = self.client.search_logged_models(
-            [experiment],
-            filter_string=f"source_run_id = '{self.run_id}' AND tags.`{STEP}` = '{step}'",
-        )
-        return list(found)
+        which = f"source_run_id = '{self.run_id}' AND tags.`{EXTERNAL}` = 'true'"
+        if step is not None:
+            which += f" AND tags.`{STEP}` = '{step}'"
+        return list(self.client.search_logged_models([experiment], filter_string=which))
 
     def _begin(self, record: dict[str, Any]) -> None:
         self.client.update_run(self.run_id, status="RUNNING")

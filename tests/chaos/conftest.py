@@ -42,7 +42,7 @@ class Storage:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def s3_endpoint() -> Iterator[str]:
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
@@ -51,12 +51,12 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def storage(server: str) -> Iterator[Storage]:
+def storage(s3_endpoint: str) -> Iterator[Storage]:
     client = boto3.client(
-        "s3", endpoint_url=server, aws_access_key_id="key",
+        "s3", endpoint_url=s3_endpoint, aws_access_key_id="key",
         aws_secret_access_key="planted-secret", region_name="us-east-1",
     )  # fmt: skip
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=bucket)
-    with FaultyProxy(server, seed=7) as proxy:
+    with FaultyProxy(s3_endpoint, seed=7) as proxy:
         yield Storage(proxy, client, bucket)

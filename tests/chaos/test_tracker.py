@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from helpers.faulty import FaultyProxy
 from helpers.jobs import Job
 from helpers.mlflow_server import MlflowServer
 from mlflow.tracking import MlflowClient
+
+from .conftest import Storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 STEPS = 150
@@ -70,10 +73,10 @@ def assert_complete(server: MlflowServer, output: Path) -> None:
     assert {step for key, step in expected if key == "train/loss"} == set(range(1, STEPS + 1))
 
 
-def replay(output: Path) -> str:
+def replay(place: Path | str, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "doctor.py"), "--replay", str(output)],
-        capture_output=True, text=True, timeout=300, env=environment(),
+        [sys.executable, str(ROOT / "jobs" / "doctor.py"), "--replay", str(place)],
+        capture_output=True, text=True, timeout=300, env=environment(**env),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -149,6 +152,35 @@ def test_server_was_never_there(tmp_path: Path) -> None:
         found = replay(output)
         assert "all was there" in found
         assert_complete(server, output)
+
+
+@pytest.mark.chaos
+def test_pod_lost_with_its_disk_while_the_server_is_away(
+    server: MlflowServer, storage: Storage, tmp_path: Path
+) -> None:
+    """What was recorded until the last checkpoint lies beside it, and so does the run's card."""
+    output = tmp_path / "out"
+    asked = [
+        *ARGUMENTS, *LOCAL, "--tracking-uri", server.uri,
+        "--set", f"checkpoint.uri=s3://{storage.bucket}/checkpoints",
+    ]  # fmt: skip
+    job = Job(output, *asked, **storage.env)
+    job.wait_for(lambda: len(storage.steps()) >= 1)
+    server.kill()
+    job.wait_for(lambda: storage.steps()[-1] > 60)
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.process.wait()
+    job.log.close()
+    shutil.rmtree(output)
+    done = finish(Job(output, *asked, **storage.env))
+    assert "continuing unfinished run" in done.out
+    server.start()
+    uri = f"s3://{storage.bucket}/checkpoints/{records(output).name}"
+    replay(uri, **storage.env)  # from where the checkpoints are: this pod may be gone as well
+    found = stored(server.uri, records(output).name)
+    steps = [step for key, step, _ in found if key == "train/loss"]
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    assert storage.keys("/records/") == [], "nothing is left to be sent"
 
 
 @pytest.mark.chaos

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.entities.logged_model import LoggedModel
 
 from orchestrator.records.run import TrackedRun
 from orchestrator.records.scribe import (
     EXTERNAL,
     MAX_PARAM_CHARS,
     MAX_PARAMS,
+    ROLE,
     STEP,
     URI,
     Scribe,
@@ -83,19 +85,16 @@ def test_kept_checkpoint_is_a_model_with_its_metrics_step_and_data(scribe: Scrib
     record = {
         "op": "checkpoint", "step": 40, "time_ms": 777, "uri": "s3://b/run/step_00000040",
         "metrics": scores, "dataset": {"name": "coco/instances_val", "digest": "abc"},
+        "best_by": "val/AP",
     }  # fmt: skip
-    run = twice(
+    twice(
         scribe,
         {"op": "metrics", "step": 40, "time_ms": 555, "metrics": scores},
         record,
         record | {"step": 80, "uri": "s3://b/run/step_00000080"},
         {"op": "dropped", "step": 80},
     )
-    [model] = [
-        model
-        for model in scribe.client.search_logged_models([run.info.experiment_id])
-        if model.source_run_id == scribe.run_id
-    ]
+    [model] = models_of(scribe)
     assert model.tags[STEP] == "40"
     assert model.tags[URI] == "s3://b/run/step_00000040"
     assert model.tags[EXTERNAL] == "true"
@@ -106,3 +105,21 @@ def test_kept_checkpoint_is_a_model_with_its_metrics_step_and_data(scribe: Scrib
     history = scribe.client.get_metric_history(scribe.run_id, "val/AP")
     # The model's metric is the run's own, not a second one at another time.
     assert [(m.step, m.timestamp) for m in history if m.step == 40] == [(40, 555)]
+
+
+def test_best_and_last_of_the_kept_checkpoints_are_marked(scribe: Scribe) -> None:
+    for step, value in ((10, 0.1), (20, 0.3), (30, 0.2)):
+        record = {
+            "op": "checkpoint", "step": step, "time_ms": step, "uri": f"s3://b/{step}",
+            "metrics": {"val/AP": value, "val/AP50": 1 - value}, "dataset": {}, "best_by": "val/AP",
+        }  # fmt: skip
+        twice(scribe, record)
+    roles = {model.tags[STEP]: model.tags.get(ROLE) for model in models_of(scribe)}
+    assert roles == {"10": "", "20": "best", "30": "last"}
+
+
+def models_of(scribe: Scribe) -> list[LoggedModel]:
+    """All LoggedModels of the run."""
+    experiment = scribe.client.get_run(scribe.run_id).info.experiment_id
+    found = scribe.client.search_logged_models([experiment])
+    return [model for model in found if model.source_run_id == scribe.run_id]
