@@ -1,22 +1,24 @@
-"""Checkpoints on S3 and a tracking server instead of local files."""
+"""Checkpoints and artifacts on S3, with a tracking server whose clients write there or that does."""
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 from helpers import environment, free_ports, settings, train
+from helpers.mlflow_server import MlflowServer
+from mlflow.tracking import MlflowClient
 from moto.server import ThreadedMotoServer
 
 pytestmark = pytest.mark.integration
+SHORT = ("--launcher", "local", "--steps", "10")
 
 
 @pytest.fixture(scope="module")
@@ -31,72 +33,142 @@ def s3() -> Iterator[dict[str, str]]:
         "AWS_SECRET_ACCESS_KEY": "planted-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    client = boto3.client(
-        "s3", endpoint_url=env["AWS_ENDPOINT_URL"], aws_access_key_id="key",
-        aws_secret_access_key="planted-secret", region_name="us-east-1",
-    )  # fmt: skip
-    client.create_bucket(Bucket="models")
+    client_of(env).create_bucket(Bucket="models")
     yield env
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def mlflow_server(s3: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A tracking server whose clients write artifacts to S3 themselves."""
-    (port,) = free_ports(1)
-    folder = tmp_path_factory.mktemp("mlflow")
-    process = subprocess.Popen(
-        [
-            str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1",
-            "--port", str(port), "--workers", "1", "--no-serve-artifacts",
-            "--backend-store-uri", f"sqlite:///{folder}/m.db",
-            "--default-artifact-root", "s3://models/artifacts",
-        ],
-        env=environment(**s3, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"), cwd=folder,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+def client_of(env: dict[str, str], service: str = "s3") -> Any:
+    return boto3.client(
+        service, endpoint_url=env["AWS_ENDPOINT_URL"], region_name="us-east-1",
+        aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
     )  # fmt: skip
-    uri = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 180
+
+
+def keys_with_figures(env: dict[str, str], prefix: str, number: int) -> list[str]:
+    """All of the bucket, once it has so many figures: a busy machine draws them after the job's end."""
+    end = time.monotonic() + 120
+    while True:
+        found = client_of(env).list_objects_v2(Bucket="models")["Contents"]
+        keys = [str(item["Key"]) for item in found]
+        figures = [key for key in keys if key.startswith(prefix) and "/figures/" in key]
+        if len(figures) >= number:
+            assert len(figures) == number
+            return keys
+        assert time.monotonic() < end, figures
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize("artifacts", ["direct", "proxied"])
+def test_everything_is_on_s3_and_seen_from_the_run(
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: str
+) -> None:
+    """direct: one copy of each checkpoint, where MLflow shows it. proxied: at a URI of their own."""
+    where = f"s3://models/{artifacts}"
+    flags = ("--no-serve-artifacts", "--default-artifact-root", where)
+    if artifacts == "proxied":
+        flags = ("--artifacts-destination", where)  # type: ignore[assignment]
+    with MlflowServer(tmp_path / "mlflow", *flags, **s3) as server:
+        output = tmp_path / "out"
+        output.mkdir()
+        arguments = [*settings(tracking__figures="true"), *SHORT, "--tracking-uri", server.uri]
+        if artifacts == "proxied":
+            arguments += ["--set", "checkpoint.uri=s3://models/checkpoints"]
+        done = train(output, *arguments, timeout_s=300, **s3)
+        assert done.code == 0, done.err + done.out
+        assert "planted-secret" not in done.out + done.err
+        report = done.report
+        assert [step for step, _ in done.history()] == list(range(1, 11))
+        client = MlflowClient(server.uri)
+        run = client.get_run(report["run_id"])
+        assert run.info.status == "FINISHED"
+        keys = keys_with_figures(s3, f"{artifacts}/", 7)
+        checkpoint = report["checkpoint"]
+        if artifacts == "direct":
+            assert checkpoint.startswith(f"{where}/")
+            assert f"{report['run_id']}/artifacts/checkpoints/step_00000010" in checkpoint
+            # Listed by this process, which needs the same access.
+            for key, value in s3.items():
+                monkeypatch.setenv(key, value)
+            listed = client.list_artifacts(report["run_id"], "checkpoints")
+            assert "checkpoints/step_00000010" in [entry.path for entry in listed]
+        else:
+            assert checkpoint.startswith("s3://models/checkpoints/shapes-d0-")
+        [model] = client.search_logged_models([run.info.experiment_id])
+        assert model.tags["effdet.checkpoint_uri"] == checkpoint
+        assert model.tags["effdet.role"] == "best last"
+        committed = [key for key in keys if key.endswith("step_00000010/meta.json")]
+        assert len(committed) == 1, "one copy"
+
+
+@pytest.fixture(scope="module")
+def readers_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of a process that may read the bucket `models`, and not write it."""
+    (port,) = free_ports(1)
+    log = (tmp_path_factory.mktemp("s3") / "log").open("wb")
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)],
+        # The first calls are free: those that say who may do what.
+        env=environment(INITIAL_NO_AUTH_ACTION_COUNT="4"), stdout=log, stderr=log,
+    )  # fmt: skip
+    env = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "root",
+        "AWS_SECRET_ACCESS_KEY": "root", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    iam = client_of(env, "iam")
+    end = time.monotonic() + 60
     while True:
         try:
-            urllib.request.urlopen(f"{uri}/health", timeout=5).close()
+            iam.create_user(UserName="reader")
             break
-        except OSError:
-            assert time.monotonic() < end, "mlflow server did not come up"
-            time.sleep(0.5)
-    yield uri
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(30)
+        except Exception:  # until it listens
+            assert time.monotonic() < end
+            time.sleep(0.2)
+    key = iam.create_access_key(UserName="reader")["AccessKey"]
+    allow = {"Effect": "Allow", "Action": ["s3:Get*", "s3:List*"], "Resource": "*"}
+    iam.put_user_policy(
+        UserName="reader", PolicyName="read",
+        PolicyDocument=json.dumps({"Version": "2012-10-17", "Statement": [allow]}),
+    )  # fmt: skip
+    client_of(env).create_bucket(Bucket="models")
+    yield env | {
+        "AWS_ACCESS_KEY_ID": key["AccessKeyId"],
+        "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"],
+    }
+    server.terminate()
+    server.wait(30)
+    log.close()
 
 
-def test_checkpoints_appear_under_the_run_on_s3(
-    s3: dict[str, str], mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("bucket", "cause"), [("models", "denied"), ("no-such-bucket", "bucket does not exist")]
+)
+@pytest.mark.parametrize("asked", ["checkpoints", "artifacts"])
+def test_bucket_that_cannot_be_written_is_found_before_training(
+    s3: dict[str, str],
+    readers_s3: dict[str, str],
+    tmp_path: Path,
+    asked: str,
+    bucket: str,
+    cause: str,
 ) -> None:
-    """One copy, where MLflow shows it."""
-    for key, value in s3.items():
-        monkeypatch.setenv(key, value)
+    """Nothing is left in the tracker either."""
+    env = readers_s3 if cause == "denied" else s3
     output = tmp_path / "out"
     output.mkdir()
-    arguments = [
-        *settings(),
-        "--launcher",
-        "local",
-        "--tracking-uri",
-        mlflow_server,
-        "--steps",
-        "10",
-    ]
-    done = train(output, *arguments, timeout_s=300, **s3)
-    assert done.code == 0, done.err + done.out
-    report = done.report
-    assert report["checkpoint"].startswith("s3://models/artifacts/")
-    assert f"{report['run_id']}/artifacts/checkpoints/step_00000010" in report["checkpoint"]
-    assert [step for step, _ in done.history()] == list(range(1, 11))
-    assert "planted-secret" not in done.out + done.err
-
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(mlflow_server)
-    listed = client.list_artifacts(report["run_id"], "checkpoints")
-    assert "checkpoints/step_00000010" in [entry.path for entry in listed]
-    assert client.get_run(report["run_id"]).info.status == "FINISHED"
+    uri = f"sqlite:///{output}/mlflow.db"
+    arguments = [*settings(), *SHORT, "--tracking-uri", uri]
+    if asked == "checkpoints":
+        arguments += ["--set", f"checkpoint.uri=s3://{bucket}/checkpoints"]
+    else:
+        client = MlflowClient(uri)
+        client.create_experiment("efficientdet", f"s3://{bucket}/artifacts")
+    done = train(output, *arguments, **env)
+    assert done.code == 2, done.out
+    [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert f"s3://{bucket}/" in line
+    assert cause in line.lower()
+    assert "Traceback" not in done.err
+    client = MlflowClient(uri)
+    assert [run for e in client.search_experiments() for run in client.search_runs([e.experiment_id])] == []  # fmt: skip
