@@ -27,7 +27,7 @@ from helpers.mlflow_server import MlflowServer  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 MODE = "workflowType=machine_learning"
-WIDTH_PX, HEIGHT_PX = 1600, 1000
+WIDTH_PX, HEIGHT_PX = 1500, 1150
 SETTLE_S = 4.0  # charts are drawn after their text is there
 
 
@@ -110,6 +110,16 @@ def open_page(driver: WebDriver, url: str, text: str) -> None:
     driver.get(url)
     WebDriverWait(driver, 60).until(
         lambda page: text in page.find_element(By.TAG_NAME, "body").text
+    )
+    time.sleep(SETTLE_S)
+    # MLflow's assistant opens beside every page and takes a quarter of it.
+    driver.execute_script(
+        """const title = [...document.querySelectorAll('*')].find(
+             e => e.children.length === 0 && e.textContent === 'MLflow Assistant');
+           for (let e = title; e; e = e.parentElement) {
+             const buttons = e.querySelectorAll('button');
+             if (buttons.length >= 3) { buttons[2].click(); break; }
+           }"""
     )
     time.sleep(SETTLE_S)
 

@@ -120,7 +120,7 @@ class Pyramid(nn.Module):
                 if isinstance(node.fuse, Fusion):
                     factors = node.fuse.normalise(node.fuse.weights.float()).tolist()
                     for source, factor in zip(node.inputs, factors, strict=True):
-                        found[f"cell{repeat}/{name}/{names[source]}"] = float(factor)
+                        found[f"cell{repeat}.{name}.{names[source]}"] = float(factor)
         return found
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

@@ -27,6 +27,7 @@ from model.training.step import Schedule, Trainee
 
 LOG_KEYS = ("train/loss", "train/loss_classes", "train/loss_boxes", "train/positives", "train/grad_norm")  # fmt: skip
 
+FUSION = "val_fusion/"
 LR_FACTOR_AFTER_DIVERGENCE = 0.5
 
 
@@ -172,7 +173,7 @@ def fit(
         found = _evaluate(trainee, recipe, val, runtime)
         if rank == 0:
             weights = cast("Detector", trainee.ema.module).pyramid.fusion_weights()
-            learned = {f"fusion/{name}": weight for name, weight in weights.items()}
+            learned = {f"{FUSION}{name}": weight for name, weight in weights.items()}
             runtime.log(done, found.metrics | learned)
             runtime.show(done, found)
         save(done, found.metrics)

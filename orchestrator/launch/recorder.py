@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from model.training.evaluation import Evaluation
-from orchestrator.records.gallery import FUSION, Gallery
+from model.training.fit import FUSION
+from orchestrator.records.gallery import Gallery
 from orchestrator.records.journal import metrics_record
 from orchestrator.records.sender import Sender, open_spool
 from orchestrator.records.system import SystemSampler

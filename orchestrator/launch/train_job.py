@@ -193,8 +193,9 @@ def _run_tracked(work: Work, run: TrackedRun, began: float, out: TextIO) -> Outc
         if trouble:
             progress.say(trouble)
     report |= {"run_id": books.run.run_id, "usage": used}
-    rows += _where_to_look(report, work.runs, books.run)
-    print_table(resolved.name, rows, out)
+    print_table(resolved.name, [*rows, _run_row(report, books.run)], out)
+    if books.run.run_id is not None:
+        print(_where_to_look(report, work.runs, books.run), file=out)
     return Outcome(code, report)
 
 
@@ -262,17 +263,21 @@ def _summary(
     return rows
 
 
-def _where_to_look(report: dict[str, Any], runs: Runs, run: TrackedRun) -> list[tuple[str, str]]:
+def _run_row(report: dict[str, Any], run: TrackedRun) -> tuple[str, str]:
     if run.run_id is None:
-        return [("run", f"{run.run_key}, not yet in {report['tracking_uri']}")]
-    rows = [("run", f"{run.run_id} in {report['tracking_uri']}")]
+        return "run", f"{run.run_key}, not yet in {report['tracking_uri']}"
+    return "run", f"{run.run_id} in {report['tracking_uri']}"
+
+
+def _where_to_look(report: dict[str, Any], runs: Runs, run: TrackedRun) -> str:
+    """Whole lines, to be copied."""
     page = f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?{IN_TRAINING_MODE}"
-    if runs.uri.startswith("sqlite"):
-        mlflow = Path(sys.executable).with_name("mlflow")
-        shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
-        rows.append(("look at it", f"{shown} ui --backend-store-uri {runs.uri}"))
-        return [*rows, ("", f"then http://127.0.0.1:5000{page}")]
-    return [*rows, ("look at it", f"{report['tracking_uri']}{page}")]
+    if not runs.uri.startswith("sqlite"):
+        return f"look at it: {report['tracking_uri']}{page}"
+    mlflow = Path(sys.executable).with_name("mlflow")
+    shown = mlflow.relative_to(Path.cwd()) if mlflow.is_relative_to(Path.cwd()) else mlflow
+    start = f"{shown} ui --backend-store-uri {runs.uri}"
+    return f"look at it: {start}\n      then: http://127.0.0.1:5000{page}"
 
 
 def _open_runs(resolved: ResolvedJob, out: TextIO) -> Runs:

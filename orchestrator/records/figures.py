@@ -252,13 +252,13 @@ History = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 
 def fusion_weights(*, history: History, max_cells: int = 4) -> Figure:
-    """Normalised weight over steps, keys "cell/node/input": a row a cell, a panel a node.
+    """Normalised weight over steps, keys "cell.node.input": a row a cell, a panel a node.
 
     Source: Figure 5 of arXiv 1911.09070v7. Of more than max_cells cells an even choice is shown.
     """
     panels: dict[tuple[str, str], dict[str, tuple[Sequence[int], Sequence[float]]]] = {}
     for key, series in history.items():
-        cell, node, source = key.split("/")
+        cell, node, source = key.split(".")
         panels.setdefault((cell, node), {})[source] = series
     cells = list(dict.fromkeys(cell for cell, _ in panels))
     nodes = list(dict.fromkeys(node for _, node in panels))

@@ -34,7 +34,6 @@ from orchestrator.storage.filesystems import reason
 NICE = 19
 PATIENCE_S = 10.0  # of a worker that ends, for the last figures
 LONGEST_S = 180.0  # that the process may go on by itself
-FUSION = "fusion/"
 
 
 @dataclass(frozen=True)

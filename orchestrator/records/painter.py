@@ -25,8 +25,9 @@ from PIL import Image
 from model.data.transforms import decode_image
 from model.training import analysis
 from model.training.evaluation import Evaluation
+from model.training.fit import FUSION
 from orchestrator.records import figures
-from orchestrator.records.gallery import FUSION, LONGEST_S, NICE, Exhibition, Showing, stepped_name
+from orchestrator.records.gallery import LONGEST_S, NICE, Exhibition, Showing, stepped_name
 from orchestrator.records.pictures import Picture, picture_sheet
 from orchestrator.records.run import TrackedRun
 from orchestrator.records.sender import Sender, open_spool

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +35,7 @@ from orchestrator.records.tracker import OUTCOME, RUN_KEY
 STEP, URI, ROLE = "effdet.step", "effdet.checkpoint_uri", "effdet.role"
 EXTERNAL = "mlflow.model.isExternal"
 CONTEXT = "mlflow.data.context"
+NO_MODEL_NAME = re.compile(r"[/:.%\"']")
 MAX_BATCH = 1000  # MLflow's limit for log_batch
 MAX_PARAM_CHARS, MAX_PARAMS, MAX_TAG_CHARS = 500, 100, 5000
 
@@ -115,7 +117,7 @@ class Scribe:
         self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, tags)])
 
     def _checkpoint(self, record: dict[str, Any]) -> None:
-        step, name = int(record["step"]), f"{self.run.run_key}-step-{record['step']}"
+        step, name = int(record["step"]), f"step-{record['step']}-{self.run.name}"
         found = self._models(step)
         if found:
             model = found[0]
@@ -123,7 +125,7 @@ class Scribe:
             run = self.client.get_run(self.run_id)
             kept = {k: v for k, v in run.data.params.items() if k.startswith("network.")}
             model = self.client.create_logged_model(
-                run.info.experiment_id, name=name.replace("/", "-"), source_run_id=self.run_id,
+                run.info.experiment_id, name=NO_MODEL_NAME.sub("-", name), source_run_id=self.run_id,
                 tags={STEP: str(step), URI: record["uri"], EXTERNAL: "true"}, params=kept,
                 model_type="detector",
             )  # fmt: skip

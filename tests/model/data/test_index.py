@@ -252,3 +252,22 @@ def test_any_pickler_keeps_an_index() -> None:
     for name in ("image_ids", "file_names", "sizes_hw", "offsets", "boxes_xyxy", "labels", "crowd"):
         np.testing.assert_array_equal(getattr(again, name), getattr(small, name))
         assert getattr(again, name).dtype == getattr(small, name).dtype
+
+
+def test_digest_is_of_the_content() -> None:
+    def text(x: float = 1.0, name: str = "thing", file: str = "1.jpg") -> bytes:
+        return json.dumps(
+            {
+                "images": [{"id": 1, "file_name": file, "width": 9, "height": 9}],
+                "annotations": [
+                    {"id": 1, "image_id": 1, "category_id": 1, "bbox": [x, 1, 4, 4], "area": 16}
+                ],
+                "categories": [{"id": 1, "name": name}],
+            }
+        ).encode()
+
+    one = parse_coco(text(), "one").digest()
+    assert one == parse_coco(text(), "another name").digest()
+    others = [text(x=2.0), text(name="other"), text(file="2.jpg")]
+    digests = {parse_coco(other, "one").digest() for other in others} | {one}
+    assert len(digests) == 4

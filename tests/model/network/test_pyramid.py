@@ -159,3 +159,36 @@ def test_initial_weights() -> None:
     assert conv.pointwise.weight.std().item() == pytest.approx(1 / 8, rel=0.1)
     assert conv.pointwise.bias is not None
     assert (conv.pointwise.bias == -2.0).all()
+
+
+@pytest.mark.parametrize("fusion", ["fast", "softmax", "unbounded", "sum"])
+def test_fusion_weights_are_the_shares_by_name(fusion: str) -> None:
+    config = ModelConfig(phi="0", fusion=fusion, fpn_repeats=2)  # type: ignore[arg-type]
+    pyramid = Pyramid(resolve(config, 6), [40, 112, 320])
+    found = pyramid.fusion_weights()
+    if fusion == "sum":
+        assert found == {}
+        return
+    assert len(found) == 2 * (5 * 2 + 3 * 3)  # of 8 nodes, the middle ones going up have 3 inputs
+    weights = pyramid.cells[1].nodes[0].fuse.weights  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        weights.copy_(torch.tensor([3.0, 2.0]))  # type: ignore[operator]
+    changed = pyramid.fusion_weights()
+    shares = [changed["cell1.P6_td.P6_in"], changed["cell1.P6_td.P7_in"]]
+    expected = {"fast": [0.6, 0.4], "softmax": [0.731, 0.269], "unbounded": [3.0, 2.0]}[fusion]
+    assert shares == pytest.approx(expected, abs=1e-3)
+    assert {key for key in found if changed[key] != found[key]} == {
+        "cell1.P6_td.P6_in", "cell1.P6_td.P7_in",
+    }  # fmt: skip
+    assert "cell0.P5_out.P5_td" in found
+    assert "cell0.P7_out.P6_out" in found
+
+
+@pytest.mark.parametrize("topology", get_args(TopologyKind))
+def test_features_of_a_cell_have_names_of_their_own(topology: TopologyKind) -> None:
+    spec = resolve(ModelConfig(phi="0", topology=topology, fpn_repeats=1), 6)
+    found = Pyramid(spec, [40, 112, 320]).fusion_weights()
+    nodes = {key.rpartition(".")[0] for key in found}
+    graph = Pyramid(spec, [40, 112, 320]).graph
+    assert len(nodes) == len(graph.nodes)
+    assert len(found) == graph.num_edges

@@ -292,3 +292,19 @@ def test_an_evaluation_that_was_put_off_is_made_up_for(
     assert second.started_at_step == 6
     assert parts.values("val/AP") == whole.values("val/AP")
     assert [step for step, _ in parts.values("val/AP")] == [6, 12]
+
+
+def test_each_evaluation_is_shown_after_it_was_logged(
+    data: DetectionDataset, tmp_path: Path
+) -> None:
+    """With the detections of every image and the weights of every fusion node."""
+    record = Record()
+    run(data, tmp_path, record, evaluate_every=Duration(steps=3), duration=Duration(steps=6))
+    assert [step for step, _ in record.shown] == [3, 6]
+    step, evaluation = record.shown[-1]
+    scored = [metrics for at, metrics in record.rows if at == step and "val/AP" in metrics]
+    assert scored[-1].items() >= evaluation.metrics.items()
+    assert len(evaluation.rows)
+    assert evaluation.rows[:, 0].max() < len(data)
+    assert evaluation.precision.shape == (10, 101, data.index.classes.num_classes)
+    assert any(key.startswith("val_fusion/cell0.") for key in scored[-1])

@@ -72,7 +72,7 @@ def calibrated(count: list[int]) -> Calibration:
 
 def history(cells: int, steps: list[int]) -> dict[str, tuple[list[int], list[float]]]:
     return {
-        f"cell{cell}/{node}/{source}": (steps, [weight] * len(steps))
+        f"cell{cell}.{node}.{source}": (steps, [weight] * len(steps))
         for cell in range(cells)
         for node, sources in {"P4_td": ("P4", "P5"), "P4_out": ("P4", "P4_td", "P3")}.items()
         for source, weight in zip(sources, (0.3, 0.6, 0.1), strict=False)
@@ -193,7 +193,7 @@ def test_fusion_weights_say_which_cells_are_left_out() -> None:
 
 
 def test_a_single_point_in_time_is_seen() -> None:
-    equal = {f"cell0/P4/{source}": ([500], [0.5]) for source in ("a", "b")}
+    equal = {f"cell0.P4.{source}": ([500], [0.5]) for source in ("a", "b")}
     figure = figures.fusion_weights(history=equal)
     pixels = figures.rgb(figure)
     panel = figure.axes[0].get_window_extent()
@@ -236,7 +236,7 @@ def test_nothing_overlaps(name: str, num_classes: int) -> None:
         (figures.calibration(calibration=calibrated([0, 0, 0]), step=1), "no detections"),
         (figures.anchor_recall(best_iou=np.zeros(0, dtype=np.float32), subject="x"), "no boxes"),
         (figures.fusion_weights(history={}), "no learned fusion weights"),
-        (figures.fusion_weights(history={"cell0/P4/P5": ([], [])}), "no learned fusion weights"),
+        (figures.fusion_weights(history={"cell0.P4.P5": ([], [])}), "no learned fusion weights"),
     ],
 )  # fmt: skip
 def test_nothing_to_show_is_said(figure: Figure, said: str) -> None:

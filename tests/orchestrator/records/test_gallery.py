@@ -50,7 +50,7 @@ def test_figures_reach_the_run(
     evaluation = perfect(exhibition)
     assert evaluation.metrics["val/AP"] == pytest.approx(1.0)
     began = time.monotonic()
-    gallery.show(10, evaluation, {"cell0/P4_td/P4_in": 0.5})
+    gallery.show(10, evaluation, {"cell0.P4_td.P4_in": 0.5})
     assert time.monotonic() - began < 0.1, "the training does not wait"
     gallery.close(PATIENCE_S)
     assert said == []

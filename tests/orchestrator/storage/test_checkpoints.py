@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +261,53 @@ def test_damaged_newer_checkpoints_push_out_nothing(shelf: Shelf, write: Write) 
     save(shelf, write, {25: None, 30: None})
     assert shelf.store.steps() == [25, 30, 45, 50]
     assert shelf.store.newest_valid() == 30
+
+
+class Witnessed:
+    """Writes down what it is told, and whether the checkpoint was there by then."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf, self.seen = shelf, list[tuple[object, ...]]()
+        self.broken = False
+
+    def carry(self) -> None:
+        if self.broken:
+            raise OSError("no room for records")
+        self.seen.append(("carry", self.shelf.store.steps()))
+
+    def committed(self, step: int, uri: str, metrics: Mapping[str, float]) -> None:
+        assert uri.endswith(f"step_{step:08d}")
+        self.seen.append(("committed", step, dict(metrics), self.shelf.store.steps()))
+
+    def dropped(self, step: int) -> None:
+        self.seen.append(("dropped", step))
+
+
+def test_witness_is_told_before_and_after_each_commit(shelf: Shelf, write: Write) -> None:
+    """Records are safe before the checkpoint exists that nobody goes back behind."""
+    witness = shelf.store.witness = Witnessed(shelf)
+    metric = CheckpointConfig().metric
+    for step, value in ((1, 0.5), (2, None), (3, 0.1), (4, 0.2)):
+        metrics = {} if value is None else {metric: value}
+        shelf.store.save(step, metrics, write(step, value))
+    assert [entry for entry in witness.seen if entry[0] == "carry"] == [
+        ("carry", []), ("carry", [1]), ("carry", [1, 2]), ("carry", [1, 2, 3]),
+    ]  # fmt: skip
+    assert ("committed", 3, {metric: 0.1}, [1, 2, 3]) in witness.seen
+    assert shelf.store.steps() == [1, 3, 4]
+    assert [entry for entry in witness.seen if entry[0] == "dropped"] == []  # 2 was never a model
+    shelf.store.save(5, {metric: 0.3}, write(5, 0.3))
+    assert witness.seen[-1] == ("dropped", 3)
+
+
+def test_checkpoint_whose_records_cannot_be_carried_is_not_committed(
+    shelf: Shelf, write: Write
+) -> None:
+    witness = shelf.store.witness = Witnessed(shelf)
+    witness.broken = True
+    with pytest.raises(OSError, match="no room for records"):
+        shelf.store.save(1, {}, write(1))
+    assert shelf.store.steps() == []
+    witness.broken = False
+    shelf.store.save(1, {}, write(1))
+    assert shelf.store.steps() == [1]

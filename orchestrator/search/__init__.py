@@ -1,0 +1,1 @@
+"""What to try next: a sweep's configuration, its space, its constraints and its verdict."""
