@@ -6,6 +6,8 @@ activations a trace on the meta device (about 0.3 s, once a network), latency ru
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,11 +22,12 @@ from model.training.benchmark import repeat
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError
 from orchestrator.search.sample import apply, arm_key
-from orchestrator.search.space import Sample
+from orchestrator.search.space import Sample, Space
 
 NO_NETWORK = "no network"
 LEAST_SHARE = 0.001  # of samples that must be feasible
 LEAST_FOUND = 5  # in that many expected finds, none: the share is below the least, at 99.3 %
+MOST_REPEATS = 300_000  # draws in a row without a new sample: there are no more, or as good as
 WARM_UP, ROUNDS = 2, 5
 
 
@@ -72,7 +75,10 @@ def check_constraints(config: ConstraintsConfig, where: str) -> None:
     if band.min is not None and band.max is not None and band.min > band.max:
         raise ConfigError(here, "min <= max", f"{band.min:g} and {band.max:g}", "exchange them")
     if not 0 <= band.tolerance < 1:
-        raise ConfigError(f"{here}.tolerance", "a share of the target, 0 <= share < 1", f"{band.tolerance:g}", "0.1 is 10 %")  # fmt: skip
+        raise ConfigError(
+            f"{here}.tolerance", "a share of the target, 0 <= share < 1", f"{band.tolerance:g}",
+            "0.1 is 10 %",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,16 +204,20 @@ class Sieve:
 
     def passes(self, sample: Sample) -> bool:
         """Whether to train it. The same arm passes once."""
-        key = arm_key(self.base, sample)
+        job = apply(self.base, sample)
+        key = arm_key(job)
         if key in self.known:
             return False
         self.known.add(key)
-        return self.feasible(sample)
+        return self._feasible(sample, job)
 
     def feasible(self, sample: Sample) -> bool:
         """The same for a sampler that may propose an arm again, as TPE does."""
+        return self._feasible(sample, apply(self.base, sample))
+
+    def _feasible(self, sample: Sample, job: TrainJob) -> bool:
         self.tried += 1
-        rejections = self.budget.rejections(apply(self.base, sample))
+        rejections = self.budget.rejections(job)
         if not rejections:
             self.accepted += 1
             return True
@@ -225,8 +235,9 @@ class Sieve:
         if not self.rejected:
             return f"none of {self.tried} samples rejected"
         counts = ", ".join(f"{reason} {n}" for reason, n in self.rejected.most_common())
-        share = sum(self.rejected.values()) / self.tried
-        return f"{sum(self.rejected.values())} of {self.tried} samples rejected ({share:.1%}): {counts}"
+        number = sum(self.rejected.values())
+        share = number / self.tried
+        return f"{number} of {self.tried} samples rejected ({share:.1%}): {counts}"
 
     def error(self) -> ConfigError:
         """Why nothing more is drawn, with the sample that came closest."""
@@ -242,26 +253,44 @@ class Sieve:
         )  # fmt: skip
 
 
-def draw(candidates: Iterable[Sample], sieve: Sieve, num: int | None, size: int | None) -> list[Sample]:
-    """The first `num` that pass (None: all there are). size: of the space, None where infinite.
+def draw(
+    space: Space,
+    sieve: Sieve,
+    *,
+    grid: bool,
+    seed: int,
+    num: int | None,
+    points: Iterable[Sample] = (),
+) -> list[Sample]:
+    """Known points, then random samples or the grid; the first `num` that pass.
+
+    num: None for the whole grid.
 
     Raises:
-        ConfigError: too few are feasible, or the space holds fewer than `num`.
+        ConfigError: a known point breaks a limit, too few samples are feasible, or the space holds
+            fewer than `num`.
     """
-    found: list[Sample] = []
+    if num is None and not grid:
+        raise ValueError("random samples have no end")
+    found = [point for point in points if _asked(sieve, point)][:num]
+    size = space.size()
+    drawn = space.grid() if grid else (space.sample(seed, index) for index in itertools.count())
     seen: set[str] = set()
-    for sample in candidates:
-        if num is not None and len(found) >= num:
-            return found
-        if size is not None:
-            seen.add(_show(sample))
+    repeats = 0
+    while (num is None or len(found) < num) and len(seen) != size and repeats < MOST_REPEATS:
+        sample = next(drawn, None)
+        if sample is None:
+            break
+        text = json.dumps(sample)
+        repeats = repeats + 1 if text in seen else 0
+        if repeats:
+            continue
+        seen.add(text)
         if sieve.passes(sample):
             found.append(sample)
-        if sieve.hopeless():
+        if not grid and sieve.hopeless():
             raise sieve.error()
-        if size is not None and len(seen) == size:
-            break
-    if not found and sieve.tried:
+    if not found and sieve.rejected:
         raise sieve.error()
     if num is not None and len(found) < num:
         raise ConfigError(
@@ -269,6 +298,15 @@ def draw(candidates: Iterable[Sample], sieve: Sieve, num: int | None, size: int 
             str(num), "lower it, or widen the space",
         )  # fmt: skip
     return found
+
+
+def _asked(sieve: Sieve, point: Sample) -> bool:
+    """Whether a known point is new. Raises ConfigError where it breaks a limit."""
+    rejections = sieve.budget.rejections(apply(sieve.base, point))
+    if rejections:
+        got = f"{_show(point)} with {' and '.join(map(str, rejections))}"
+        raise ConfigError("search.points", "points within the constraints", got, "remove it")
+    return sieve.passes(point)
 
 
 def _excess(rejections: tuple[Rejection, ...]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,10 +164,8 @@ def _range(kind: str, value: Any, where: str) -> Domain:
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if not _is_number(value) or not math.isfinite(value):
         raise ConfigError(where, "numbers", repr(value), "correct it")
     number: float = value

@@ -54,13 +54,12 @@ def changed(config: Any) -> dict[str, Any]:
     return found
 
 
-def arm_key(base: TrainJob, sample: Mapping[str, Any]) -> str:
+def arm_key(job: TrainJob) -> str:
     """The same for whatever is trained alike, the seed aside.
 
     It is made of the job and not of the sample, and of what differs from the defaults: a point that
     is done stays known when a knob is added at the value it had, or the program gets new settings.
     """
-    job = apply(base, sample)
     same = changed(replace(job, train=replace(job.train, seed=0)))
     for path in APART:
         *above, name = path.split(".")

@@ -124,19 +124,27 @@ class Space:
         paths = [dimension.path for dimension in self.dimensions]
         for path in point:
             if path not in paths:
-                raise ConfigError(f"{where}.{path}", "a knob of the space", repr(path), nearest(path, paths))  # fmt: skip
+                raise ConfigError(
+                    f"{where}.{path}", "a knob of the space", repr(path), nearest(path, paths),
+                )  # fmt: skip
         sample: Sample = {}
         for dimension in self.dimensions:
             path, domain = dimension.path, dimension.domain
             if not dimension.active(sample):
                 if path in point:
-                    raise ConfigError(f"{where}.{path}", "nothing, its condition does not hold", repr(point[path]), "remove it")  # fmt: skip
+                    raise ConfigError(
+                        f"{where}.{path}", "nothing, its condition does not hold",
+                        repr(point[path]), "remove it",
+                    )  # fmt: skip
                 continue
             if path not in point and domain.size != 1:
                 raise ConfigError(f"{where}.{path}", "a value for every knob", "none", "add it")
             value = typed(path, point[path], f"{where}.{path}") if path in point else domain.at(0)
             if not domain.contains(value):
-                raise ConfigError(f"{where}.{path}", f"a value of {domain.to_mapping()}", repr(value), "widen the space or correct it")  # fmt: skip
+                raise ConfigError(
+                    f"{where}.{path}", f"a value of {domain.to_mapping()}", repr(value),
+                    "widen the space or correct it",
+                )  # fmt: skip
             sample[path] = value
         return sample
 
@@ -188,12 +196,17 @@ def read_space(given: Any, where: str = "space") -> Space:
     """
     if not isinstance(given, Mapping) or not given:
         got = "nothing" if not given else repr(given)
-        raise ConfigError(where, "at least one knob", got, "as in model.fusion: {choice: [fast, sum]}")  # fmt: skip
+        raise ConfigError(
+            where, "at least one knob", got, "as in model.fusion: {choice: [fast, sum]}",
+        )  # fmt: skip
     domains: dict[str, Domain] = {}
     for path, value in given.items():
         _check_path(str(path), list(given), where)
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}.{path}", "a domain", repr(value), f"as in {{choice: […]}}; there are {', '.join(KINDS)}")  # fmt: skip
+            raise ConfigError(
+                f"{where}.{path}", "a domain", repr(value),
+                f"as in {{choice: […]}}; there are {', '.join(KINDS)}",
+            )  # fmt: skip
         domain = read_domain({k: v for k, v in value.items() if k != "when"}, f"{where}.{path}")
         domains[path] = _typed_domain(path, domain, f"{where}.{path}")
     conditions = {
@@ -238,7 +251,10 @@ def _typed_domain(path: str, domain: Domain, where: str) -> Domain:
         try:
             typed(path, bound, where)
         except ConfigError as error:
-            raise ConfigError(where, error.expected, f"a range of any numbers from {bound:g}", "choice, randint and quniform can hold it") from None  # fmt: skip
+            raise ConfigError(
+                where, error.expected, f"a range of any numbers from {bound:g}",
+                "choice, randint and quniform can hold it",
+            ) from None  # fmt: skip
     return domain
 
 
@@ -260,9 +276,14 @@ def known_paths() -> list[str]:
 def _check_path(path: str, paths: list[str], where: str) -> None:
     here = f"{where}.{path}"
     if path == SEED:
-        raise ConfigError(here, "trials.seeds: N instead", "a knob", "seeds are no knob: arms are compared over them")  # fmt: skip
+        raise ConfigError(
+            here, "trials.seeds: N instead", "a knob",
+            "seeds are no knob: arms are compared over them",
+        )  # fmt: skip
     if any(path == apart or path.startswith(apart + ".") for apart in APART):
-        raise ConfigError(here, "a setting of how a network is trained", repr(path), "set it in the train config")  # fmt: skip
+        raise ConfigError(
+            here, "a setting of how a network is trained", repr(path), "set it in the train config",
+        )  # fmt: skip
     known = known_paths()
     if path not in known:
         raise ConfigError(here, "a path of the train config", repr(path), nearest(path, known))
@@ -282,15 +303,24 @@ def _conditions(
     found = []
     for parent, asked in given.items():
         if parent not in domains:
-            raise ConfigError(f"{here}.{parent}", "a knob of this space", repr(parent), nearest(parent, domains))  # fmt: skip
+            raise ConfigError(
+                f"{here}.{parent}", "a knob of this space", repr(parent), nearest(parent, domains),
+            )  # fmt: skip
         domain = domains[parent]
         if domain.size is None:
-            raise ConfigError(f"{here}.{parent}", "a knob with a list of values", "a range", "make it a choice or quniform")  # fmt: skip
+            raise ConfigError(
+                f"{here}.{parent}", "a knob with a list of values", "a range",
+                "make it a choice or quniform",
+            )  # fmt: skip
         several = asked if isinstance(asked, list) else [asked]
         values = tuple(typed(parent, value, f"{here}.{parent}") for value in several)
         for value in values:
             if not domain.contains(value):
-                raise ConfigError(f"{here}.{parent}", f"one of its values ({', '.join(map(str, domain.values()))})", repr(value), "correct it")  # fmt: skip
+                raise ConfigError(
+                    f"{here}.{parent}",
+                    f"one of its values ({', '.join(map(str, domain.values()))})", repr(value),
+                    "correct it",
+                )  # fmt: skip
         found.append(Condition(parent, values))
     return tuple(found)
 
@@ -307,6 +337,9 @@ def _parents_first(
         ]  # fmt: skip
         if not ready:
             circle = [path for path in domains if path not in ordered]
-            raise ConfigError(f"{where}.{circle[0]}.when", "no circle of conditions", " and ".join(circle), "remove one")  # fmt: skip
+            raise ConfigError(
+                f"{where}.{circle[0]}.when", "no circle of conditions", " and ".join(circle),
+                "remove one",
+            )  # fmt: skip
         ordered[ready[0]] = Dimension(ready[0], domains[ready[0]], conditions[ready[0]])
     return tuple(ordered.values())
