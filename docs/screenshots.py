@@ -82,9 +82,9 @@ def take(uri: str, output: Path) -> None:
             "runs": (f"/#/experiments/1/runs?{MODE}", "shapes-demo"),
             "run": (f"/#/experiments/1/runs/{demo}?{MODE}", "validation"),
             "charts": (f"/#/experiments/1/runs/{demo}/model-metrics?{MODE}", "train"),
-            "figures": (
-                f"/#/experiments/1/runs/{demo}/artifacts/figures?{MODE}",
-                "precision_recall",
+            "figure": (
+                f"/#/experiments/1/runs/{demo}/artifacts/figures/error_kinds.png?{MODE}",
+                "error_kinds",
             ),
             "models": (f"/#/experiments/1/models?{MODE}", "step"),
             "registry": (f"/#/models/shapes-detector?{MODE}", "champion"),
@@ -113,15 +113,14 @@ def open_page(driver: WebDriver, url: str, text: str) -> None:
     )
     time.sleep(SETTLE_S)
     # MLflow's assistant opens beside every page and takes a quarter of it.
-    driver.execute_script(
-        """const title = [...document.querySelectorAll('*')].find(
-             e => e.children.length === 0 && e.textContent === 'MLflow Assistant');
-           for (let e = title; e; e = e.parentElement) {
-             const buttons = e.querySelectorAll('button');
-             if (buttons.length >= 3) { buttons[2].click(); break; }
-           }"""
+    found = driver.find_elements(
+        By.XPATH,
+        "//*[normalize-space(text())='MLflow Assistant']/ancestor::*[count(.//button)>2][1]",
     )
-    time.sleep(SETTLE_S)
+    for panel in found:
+        buttons = panel.find_elements(By.TAG_NAME, "button")
+        max(buttons, key=lambda button: (-button.location["y"], button.location["x"])).click()
+        time.sleep(SETTLE_S)
 
 
 if __name__ == "__main__":

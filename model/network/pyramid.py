@@ -107,7 +107,7 @@ class Pyramid(nn.Module):
 
     @torch.no_grad()
     def fusion_weights(self) -> dict[str, float]:
-        """ "cell0/P4_td/P5_in" -> share of that input after normalisation; none for plain sums.
+        """ "cell0.P4_td.P5_in" -> share of that input after normalisation; none for plain sums.
 
         A cell's features are named by their level: P4_in comes in, P4_out goes out, P4_td (top-down)
         lies between; a further one between them is P4_td2.

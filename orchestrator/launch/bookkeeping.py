@@ -24,6 +24,7 @@ from orchestrator.records.journal import DRIVER, Journal
 from orchestrator.records.provenance import provenance
 from orchestrator.records.run import TrackedRun
 from orchestrator.records.runs import Runs
+from orchestrator.records.secrets import redact_all
 from orchestrator.records.sender import Sender, open_spool
 from orchestrator.records.spool import Spool
 from orchestrator.records.tracker import CHECKPOINTS
@@ -75,9 +76,10 @@ class Bookkeeper:
             self.events = self._earlier.events(self._recorded_events())
         source = provenance(root)
         self.journal.params(preflight.as_params(self.resolved, derived))
-        self.journal.tags(source.tags | {CHECKPOINTS: self.run.checkpoints_uri})
-        config = yaml.safe_dump(self.resolved.config(), sort_keys=False)
-        self.journal.text("config.yaml", config)
+        self.journal.tags(source.tags)
+        self.journal.place(CHECKPOINTS, self.run.checkpoints_uri)
+        config = redact_all(self.resolved.config())
+        self.journal.text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.journal.text("source/packages.txt", source.packages)
         if source.diff:
             self.journal.text("source/uncommitted.diff", source.diff)
@@ -99,22 +101,21 @@ class Bookkeeper:
                 kind = name.rpartition(".")[2]
                 why = tags.get("effdet.last_interruption", "")
                 self.events.append([_now(), step, kind, why if kind != "resumptions" else ""])
-                self.journal.metrics(step, {f"events/{kind}": float(value)})
+                self.journal.metrics(self._age_s(), {f"events/{kind}": float(value)})
         self._counts = dict(tags)
         self.journal.tags(tags)
         self._write_events()
 
     def finish(
-        self, status: str, outcome: str, rows: Sequence[tuple[str, str]], done: bool
+        self, status: str, outcome: str, rows: Sequence[tuple[str, str]], *, done: bool
     ) -> str | None:
         """status: FINISHED, FAILED or KILLED. rows: the summary. What went wrong, None if nothing."""
         self.journal.describe(_markdown(self.resolved, rows))
         self.events.append([_now(), self.step(), "end", outcome])
         self._write_events()
         self.journal.end(status, outcome)
-        ended = replace(self.run, outcome=outcome if done else "")
         sent = self.journal.close(CLOSE_TIMEOUT_S)
-        self.run = replace(ended, run_id=self.run.run_id, artifact_uri=self.run.artifact_uri)
+        self.run = replace(self.run, outcome=outcome if done else "")
         self.runs.cards.keep(self.run)
         if sent:
             return None
@@ -133,8 +134,11 @@ class Bookkeeper:
 
     def _used(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """By seconds of the run's life, as a step may take hours."""
-        self.journal.metrics(int(time.time() - self.run.began_ms / 1000), metrics)
+        self.journal.metrics(self._age_s(), metrics)
         self.journal.tags(tags)
+
+    def _age_s(self) -> int:
+        return int(time.time() - self.run.began_ms / 1000)
 
     def _recorded_events(self) -> str | None:
         tracker, run_id = self.runs.tracker, self.run.run_id
@@ -143,7 +147,7 @@ class Bookkeeper:
     def _write_events(self) -> None:
         """As a table that the MLflow UI shows as one."""
         columns = ["time", "step", "event", "why"]
-        self.journal.text(EVENTS, json.dumps({"columns": columns, "data": self.events}))
+        self.journal.text(EVENTS, json.dumps({"columns": columns, "data": redact_all(self.events)}))
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,10 @@ class _Writer:
             )
 
     def _draw(self, image: ImageFile, data: bytes, found: Prediction) -> None:
-        path = self.request.output / DRAWN / f"{PurePosixPath(image.name).with_suffix('')}.jpg"
+        # A key of an object store may hold what would lead out of the folder.
+        parts = [part for part in PurePosixPath(image.name).parts if part not in ("..", "/", ".")]
+        stem = PurePosixPath(*parts).with_suffix("")
+        path = self.request.output / DRAWN / f"{stem}.jpg"
         if path in self.drawn:  # the same name in another folder, or with another suffix
             path = path.with_stem(f"{path.stem}-{self.ids[image]}")
         self.drawn.add(path)

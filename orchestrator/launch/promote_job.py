@@ -73,6 +73,6 @@ def _rows(done: Promotion, uri: str) -> list[tuple[str, str]]:
     shown = f"MLFLOW_TRACKING_URI={without_secret(uri)} "
     return [
         ("promoted", f"step {done.step} of run {done.run_id} as version {done.version}{before}"),
-        ("look", f"jobs/predict.py {name} IMAGES"),
+        ("look", f"jobs/predict.py {name} IMAGES --tracking-uri {without_secret(uri)}"),
         ("serve", f"{shown}mlflow models serve -m {name} --env-manager local --port 8080"),
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import tempfile
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from orchestrator.records.gallery import Gallery
 from orchestrator.records.journal import metrics_record
 from orchestrator.records.sender import Sender, open_spool
 from orchestrator.records.system import SystemSampler
-from orchestrator.storage.filesystems import Place, open_place
+from orchestrator.storage.filesystems import Place, open_place, reason
 
 if TYPE_CHECKING:
     from orchestrator.launch.worker import Assignment
@@ -40,6 +42,7 @@ class Recorder:
         self.system = _system(assignment, self.sender, node=0)
         self._scored_ms: dict[int, int] = {}
         self._fusion: dict[str, float] = {}
+        self._no_gallery = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         record = metrics_record(step, metrics)
@@ -57,22 +60,34 @@ class Recorder:
         """After `log` of the same step."""
         if not self.assignment.resolved.job.tracking.figures:
             return
-        if self.gallery is None:
+        if self.gallery is None and not self._no_gallery:
             folder = self.sender.spool.path.parent
-            self.gallery = Gallery(
-                folder, partial(self.assignment.exhibition, folder), say=self.board.say
-            )
-        self.gallery.show(step, evaluation, self._fusion)
+            make = partial(self.assignment.exhibition, folder)
+            try:
+                self.gallery = Gallery(folder, make, say=self.board.say)
+            except OSError as error:  # a full disk, or no process to be had
+                self._no_gallery = True
+                self.board.say(f"figures are not drawn: {reason(error)}")
+        if self.gallery is not None:
+            self.gallery.show(step, evaluation, self._fusion)
 
     def carry(self) -> None:
         self.sender.carry()
 
+    def there(self, found: Mapping[int, tuple[str, Mapping[str, float]]]) -> None:
+        """A process that was killed may not have said what it committed and removed."""
+        if found:
+            self.sender.log({"op": "kept", "steps": sorted(found)})
+        for step, (uri, metrics) in found.items():
+            self.committed(step, uri, metrics)
+
     def committed(self, step: int, uri: str, metrics: Mapping[str, float]) -> None:
         """Only what was scored is a model to choose from."""
         scores = {key: value for key, value in metrics.items() if key.startswith(SCORES)}
-        if scores and step in self._scored_ms:
+        if scores:
+            now_ms = self._scored_ms.get(step, int(time.time() * 1000))
             self.sender.log(
-                {"op": "checkpoint", "step": step, "time_ms": self._scored_ms[step], "uri": uri,
+                {"op": "checkpoint", "step": step, "time_ms": now_ms, "uri": uri,
                  "metrics": scores, "dataset": dict(self.assignment.val_facts),
                  "best_by": self.assignment.resolved.job.checkpoint.metric}
             )  # fmt: skip
@@ -118,7 +133,11 @@ def records_place(checkpoints_uri: str) -> Place:
 def _sender(assignment: Assignment, name: str, board: Board) -> Sender:
     folder = records_folder(assignment.resolved.output, assignment.run.run_key)
     carried = records_place(assignment.checkpoints_uri)
-    spool = open_spool(folder / name, carried)
+    try:
+        spool = open_spool(folder / name, carried)
+    except OSError as error:  # recording is not worth a training
+        board.say(f"records cannot be kept in {folder} ({reason(error)})")
+        spool = open_spool(Path(tempfile.mkdtemp(prefix="records-")) / name, carried)
     return Sender(assignment.run, spool, carry_to=carried, say=board.say)
 
 

@@ -30,6 +30,7 @@ from orchestrator.launch.worker import Assignment, open_store
 from orchestrator.records.run import DIVERGED, FINISHED, TrackedRun
 from orchestrator.records.runs import Runs
 from orchestrator.records.secrets import without_secret
+from orchestrator.records.sources import tracking_uri
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import check_writable, open_place
 from orchestrator.storage.retry import retrying
@@ -82,8 +83,8 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
     known = None if options.resume == "never" else runs.unfinished(resolved.key())
     place = open_place(_checkpoints_base(resolved, runs), "checkpoint.uri")
     check_writable(place, "checkpoint.uri")
-    if runs.tracker is not None:
-        runs.tracker.check_artifacts()
+    needed = job.tracking.required and known is None
+    silent = runs.check_artifacts(required=needed) or silent
     space = preflight.check_space(place, derived.cost.params, job.checkpoint)
     if space:
         rows.append(("disk", space))
@@ -151,6 +152,7 @@ def _run_tracked(work: Work, run: TrackedRun, began: float, out: TextIO) -> Outc
     if run.continued:
         steps = store.steps()
         at = f"from step {steps[-1]}" if steps else "from its start, it has no checkpoint"
+        progress.step = steps[-1] if steps else 0
         progress.say(
             f"continuing unfinished run {run.run_id or run.run_key} {at} (--fresh starts a new one)"
         )
@@ -283,7 +285,7 @@ def _where_to_look(report: dict[str, Any], runs: Runs, run: TrackedRun) -> str:
 def _open_runs(resolved: ResolvedJob, out: TextIO) -> Runs:
     """Raises TrackingError: the experiment was deleted."""
     job = resolved.job
-    uri = job.tracking.uri or f"sqlite:///{resolved.output / 'mlflow.db'}"
+    uri = tracking_uri(job.tracking.uri, resolved.output)
     # A database has no artifact store of its own, a server has.
     artifact_root = None if uri.startswith("http") else (resolved.output / "artifacts").as_uri()
     places = [open_place(str(resolved.output / "records"), "run.output")]
@@ -298,7 +300,7 @@ def _checkpoints_base(resolved: ResolvedJob, runs: Runs) -> str:
     """Beside the runs' artifacts where this process can write there, so that MLflow shows them."""
     if resolved.job.checkpoint.uri is not None:
         return resolved.job.checkpoint.uri
-    location = runs.tracker.artifact_location() if runs.tracker is not None else ""
+    location = runs.artifact_location()
     if not location or location.startswith("mlflow-artifacts:"):  # behind the server's proxy
         return str(resolved.output / "checkpoints")
     return location

@@ -70,6 +70,7 @@ class Gallery:
         """folder: the run's records; make: called beside the training."""
         self.say = say
         self._next: Showing | None = None
+        self._finished_at = 0.0
         self._wake, self._finishing = threading.Event(), threading.Event()
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         root = str(Path(__file__).resolve().parents[2])
@@ -93,14 +94,20 @@ class Gallery:
 
     def finish(self) -> None:
         """Nothing more comes; returns at once."""
+        if not self._finishing.is_set():
+            self._finished_at = time.monotonic()
         self._finishing.set()
         self._wake.set()
 
     def close(self, timeout_s: float = PATIENCE_S) -> None:
-        """Wait for the last figures; what takes longer goes on by itself for a while."""
+        """Wait for the last figures; what takes longer goes on by itself for a while.
+
+        timeout_s: since `finish`.
+        """
         self.finish()
+        left_s = max(0.1, self._finished_at + timeout_s - time.monotonic())
         with suppress(subprocess.TimeoutExpired):
-            if self._process.wait(timeout_s):
+            if self._process.wait(left_s):
                 self.say("some figures could not be drawn, see figures.log among the run's records")
 
     def _pass_on(self, make: Callable[[], Exhibition]) -> None:

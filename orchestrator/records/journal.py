@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from orchestrator.records.secrets import redact
+from orchestrator.records.secrets import redact, without_secret
 from orchestrator.records.sender import Sender
 
 DESCRIPTION = "mlflow.note.content"
@@ -21,7 +23,7 @@ class Journal:
 
     def begin(self) -> None:
         """Of a restart."""
-        self.sender.log({"op": "begin"})
+        self.sender.log({"op": "begin", "time_ms": _now_ms()})
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Those that differ from recorded ones (a resumed run's) are left as they were."""
@@ -29,8 +31,11 @@ class Journal:
         self.sender.log({"op": "params", "params": clean})
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        clean = {key: redact(value) for key, value in tags.items()}
-        self.sender.log({"op": "tags", "tags": clean})
+        self._tags({key: redact(value) for key, value in tags.items()})
+
+    def place(self, tag: str, uri: str) -> None:
+        """A tag that is read back: what looks like a secret's value in it may be a folder's name."""
+        self._tags({tag: without_secret(uri)})
 
     def describe(self, markdown: str) -> None:
         """The run's description."""
@@ -38,7 +43,7 @@ class Journal:
 
     def text(self, to: str, text: str) -> None:
         """An artifact."""
-        self.sender.log({"op": "text", "to": to, "text": redact(text)})
+        self.sender.log({"op": "text", "to": to, "text": redact(text), "time_ms": _now_ms()})
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self.sender.log(metrics_record(step, metrics))
@@ -57,8 +62,21 @@ class Journal:
         """True if all of it was sent."""
         return self.sender.close(timeout_s)
 
+    def _tags(self, tags: Mapping[str, str]) -> None:
+        self.sender.log({"op": "tags", "tags": dict(tags), "time_ms": _now_ms()})
+
 
 def metrics_record(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
     """With the time of now, which is when it happened."""
-    now = int(time.time() * 1000)
-    return {"op": "metrics", "step": step, "time_ms": now, "metrics": dict(metrics)}
+    clean = {_metric_name(key): value for key, value in metrics.items()}
+    return {"op": "metrics", "step": step, "time_ms": _now_ms(), "metrics": clean}
+
+
+@cache
+def _metric_name(name: str) -> str:
+    """Class names hold characters that MLflow refuses."""
+    return re.sub(r"[^/\w.\- :]", "_", name)
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -131,17 +131,23 @@ def ask_in_new_process(folder: Path, image: bytes) -> list[Row]:
     """
     with tempfile.TemporaryDirectory(prefix="ask-") as temporary:
         (Path(temporary) / "image.png").write_bytes(image)
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", ASK, str(folder), "image.png"],
-            cwd=temporary,
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            timeout=LOAD_TIMEOUT_S,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", ASK, str(folder), "image.png"],
+                cwd=temporary,
+                env=_environment(),
+                capture_output=True,
+                text=True,
+                timeout=LOAD_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"no answer in {LOAD_TIMEOUT_S} s") from None
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        raise RuntimeError(f"an answer that is none: {done.stdout.strip()[-200:]!r}") from None
     if not Path(answer["code"]).resolve().is_relative_to(folder.resolve()):
         raise RuntimeError(f"it ran with the code of {answer['code']}, not with its own")
     return [(*row[:5], int(row[5])) for row in answer["rows"]]

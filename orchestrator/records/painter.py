@@ -131,7 +131,7 @@ class Painter:
         image.save(folder / f"{name}.png")
         compress_image_size(image).save(folder / f"{name}+compressed.webp")
         for file in (f"{name}.png", f"{name}+compressed.webp"):
-            self._file(f"images/{file}")
+            self._file(f"images/{file}", once=True)
 
     def _latest(self, name: str, figure: Figure) -> None:
         path = self.exhibition.folder / "figures" / f"{name}.png"
@@ -145,8 +145,9 @@ class Painter:
         text = json.dumps({"columns": columns, "data": data})
         self.sender.log({"op": "text", "to": to, "text": text})
 
-    def _file(self, relative: str) -> None:
-        self.sender.log({"op": "file", "file": relative, "to": relative})
+    def _file(self, relative: str, *, once: bool = False) -> None:
+        """once: it is not needed here any more when it is sent."""
+        self.sender.log({"op": "file", "file": relative, "to": relative, "once": once})
 
 
 def _class_ap(evaluation: Evaluation) -> dict[str, float]:

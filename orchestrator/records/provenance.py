@@ -43,13 +43,14 @@ def provenance(root: Path) -> Provenance:
             tags[f"version.{package}"] = version(package)
         except PackageNotFoundError:
             continue
-    here = _git(root, "rev-parse", "HEAD")
+    here = _git(root, "rev-parse", "HEAD").strip()
     commit, diff = here or os.environ.get(COMMIT, ""), ""
     if commit:
         tags["mlflow.source.git.commit"] = commit
     if here:
-        diff = _git(root, "diff", "HEAD", "--", ".", *PRIVATE)[:LONGEST_DIFF]
-        tags["git.dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
+        shown = ("--no-ext-diff", "--no-color", "--binary")
+        diff = _git(root, "diff", *shown, "HEAD", "--", ".", *PRIVATE)[:LONGEST_DIFF]
+        tags["git.dirty"] = str(bool(_git(root, "status", "--porcelain").strip())).lower()
     if IMAGE in os.environ:
         tags["image"] = os.environ[IMAGE]
     packages = sorted(f"{found.name}=={found.version}" for found in distributions())
@@ -72,4 +73,4 @@ def _git(root: Path, *arguments: str) -> str:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout if done.returncode == 0 else ""

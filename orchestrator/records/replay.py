@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import ConfigError, StorageError
 from orchestrator.records.journal import DRIVER
 from orchestrator.records.run import CARD, TrackedRun, read_card
 from orchestrator.records.sender import Sender, remove_carried
@@ -37,8 +38,17 @@ def replay(uri: str, *, tracking_uri: str | None) -> Iterator[Replayed]:
 
     Raises:
         StorageError: the place cannot be read.
+        ConfigError: a remote one, and nobody said where its records go: a card that others may have
+            written does not decide who is sent this environment's password.
     """
     place = open_place(uri, "--replay")
+    if place.local is None:
+        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if tracking_uri is None:
+            raise ConfigError(
+                "--tracking-uri", "the tracker that takes these records", "none",
+                "give it, or set MLFLOW_TRACKING_URI",
+            )  # fmt: skip
     try:
         # An object store has no empty folders: with all sent, only the bucket can still be asked for.
         place.filesystem.ls(place.path if place.local else place.path.partition("/")[0])
@@ -62,7 +72,13 @@ def _records_folders(place: Place) -> set[str]:
 
 
 def _replay_folder(folder: Place, place: Place, tracking_uri: str | None) -> Iterator[Replayed]:
-    run = read_card(folder)
+    try:
+        run = read_card(folder)
+    except (ValueError, TypeError) as error:
+        raise StorageError(
+            "--replay", f"a card of a run in {folder.path}/{CARD}", reason(error),
+            "remove it; the next start of the run writes it again",
+        ) from None  # fmt: skip
     run = replace(run, tracking_uri=tracking_uri or run.tracking_uri)
     names = [
         str(path).rsplit("/", 1)[-1] for path in folder.filesystem.glob(f"{folder.path}/*.jsonl")
@@ -87,7 +103,8 @@ def _send(run: TrackedRun, spool: Spool) -> Replayed:
     records, _ = spool.read(position, limit=10**9)
     sender = Sender(run, spool, creates=spool.path.name == DRIVER)
     began = moved = time.monotonic()
-    while len(spool.rest()) and moved + FIRST_ANSWER_S > time.monotonic() < began + TIMEOUT_S:
+    size = spool.path.stat().st_size
+    while spool.position() < size and moved + FIRST_ANSWER_S > time.monotonic() < began + TIMEOUT_S:
         time.sleep(0.1)
         if spool.position() != position:
             position, moved = spool.position(), time.monotonic()

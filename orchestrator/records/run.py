@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from orchestrator.records.secrets import without_secret
@@ -119,4 +120,9 @@ def _read(place: Place, path: str) -> bytes:
 
 def _write(place: Place, path: str, run: TrackedRun) -> None:
     place.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-    place.filesystem.pipe_file(path, to_card(run))
+    if place.local is None:
+        place.filesystem.pipe_file(path, to_card(run))
+        return
+    draft = Path(f"{path}.{uuid.uuid4().hex[:8]}")  # several processes keep the same card
+    draft.write_bytes(to_card(run))
+    draft.replace(path)

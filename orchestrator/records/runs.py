@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from orchestrator.errors import TrackingError
 from orchestrator.records.run import Cards, TrackedRun, new_run
+from orchestrator.records.secrets import without_secret
 from orchestrator.records.tracker import DOWN, KEY, Tracker, cause, create_run
 from orchestrator.storage.filesystems import Place
+
+T = TypeVar("T")
 
 
 class Runs:
@@ -41,14 +45,54 @@ class Runs:
     def unfinished(self, key: str) -> TrackedRun | None:
         """The newest run of a configuration that can be gone on with."""
         card = self.cards.newest(key)
+        found = self._ask(lambda tracker: tracker.find_unfinished(key))
         if self.tracker is None:
             return None if card is None or card.done else self._continued(card)
-        run = self.tracker.find_unfinished(key)
-        if run is not None:
-            return self.tracker.tracked(run, self.artifact_root)
+        if found is not None and card is not None:
+            run = self.tracker.tracked(found, self.artifact_root)
+            if card.done and card.run_key == run.run_key:
+                return None  # it ended while MLflow did not answer
+            unsent = not card.done and card.run_id is None
+            return self._continued(card) if unsent and card.began_ms > run.began_ms else run
+        if found is not None:
+            return self.tracker.tracked(found, self.artifact_root)
         if card is not None and not card.done and card.run_id is None:
             return self._continued(card)  # begun while MLflow did not answer, not yet sent
         return None
+
+    def artifact_location(self) -> str:
+        """Of the experiment's runs; "" where MLflow does not say."""
+        return self._ask(lambda tracker: tracker.artifact_location()) or ""
+
+    def check_artifacts(self, *, required: bool) -> str | None:
+        """What to say of a place that takes no artifacts; None if it does, or nobody can be asked.
+
+        Raises:
+            TrackingError: it is required to.
+        """
+        if self.tracker is None:
+            return None
+        try:
+            self.tracker.check_artifacts()
+        except TrackingError as error:
+            if required:
+                raise
+            return f"no artifacts can be written ({error.got}): they wait"
+        return None
+
+    def _ask(self, question: Callable[[Tracker], T]) -> T | None:
+        """The answer; None, and from then on nobody to ask, where there is none."""
+        if self.tracker is None:
+            return None
+        try:
+            return question(self.tracker)
+        except Exception as error:  # it answered a moment ago
+            self.tracker = None
+            self.trouble = TrackingError(
+                DOWN, "an MLflow server or database that answers",
+                f"{without_secret(self.uri)} ({cause(error)})", "repair it",
+            )  # fmt: skip
+            return None
 
     def check(self, key: str, *, resume: str, required: bool) -> str | None:
         """What to say of a tracker that does not answer; None if it does.

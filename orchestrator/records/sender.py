@@ -20,9 +20,11 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from requests import HTTPError
 
 from orchestrator.records.run import CARD, TrackedRun, keep_card
 from orchestrator.records.scribe import Scribe, find_run
+from orchestrator.records.secrets import redact
 from orchestrator.records.spool import Record, Spool
 from orchestrator.records.tracker import create_run, open_experiment
 from orchestrator.storage.filesystems import Place, open_place, reason, within
@@ -33,7 +35,10 @@ MOST_RECORDS = 200  # at once
 SEND_EVERY_S, FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 0.5, 30.0
 CARRY_EVERY_S, CARRY_TIMEOUT_S = 60.0, 5.0
 CLOSE_TIMEOUT_S = 6.0
+SAY_AFTER_S = 60.0
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+UNKNOWN_TO_SERVER = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED")
+MAY_BECOME_BETTER = (401, 403, 408, 429)  # of HTTP's refusals
 
 
 class RunNotThereError(Exception):
@@ -66,7 +71,8 @@ class Sender:
         self.lost = 0  # records that could not be written down, or that MLflow refused
         self._scribe: Scribe | None = None
         self._keep_card()
-        self._gone = self._given_up = False
+        self._given_up = self._carried = self._told = False
+        self._trouble_since = 0.0
         self._carried_at = time.monotonic()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
@@ -87,6 +93,7 @@ class Sender:
         """
         rest = self.spool.rest()
         if rest and self.carry_to is not None:
+            self._carried = True
             keep_card(self.carry_to, self.run)
             self.carry_to.filesystem.pipe_file(f"{self.carry_to.path}/{self.spool.path.name}", rest)
 
@@ -127,25 +134,45 @@ class Sender:
             closing = self._closing.is_set()  # asked before reading: what came before it is read
             with suppress(OSError):
                 self.spool.sync()
-            records, after = self.spool.read(position, MOST_RECORDS)
+            records, after = self.spool.next_batch(position, MOST_RECORDS)
             if after == position:
                 if closing:
                     return
+                self._tidy_once()
                 self._wake.wait(SEND_EVERY_S)
                 self._wake.clear()
                 self._closing.wait(SEND_EVERY_S)  # what comes together is sent together
                 continue
             try:
                 self._send(records)
-                self.spool.set_position(after)
-                position, backoff = after, FIRST_BACKOFF_S
+            except RunGoneError:
+                self.say("the run was deleted in MLflow: nothing more of it is recorded")
+                return
             except Exception as error:  # the tracker's trouble must never become training's
-                logger.info("tracker does not answer (%s); next try in %.0f s", error, backoff)
+                self._in_trouble(error)
                 self._carry_now_and_then()
                 # Closing cuts the wait short: whoever comes back in time still gets everything.
                 if self._closing.wait(backoff):
                     time.sleep(FIRST_BACKOFF_S)
                 backoff = min(MAX_BACKOFF_S, 2 * backoff)
+            else:
+                self.spool.set_position(after)
+                position, backoff = after, FIRST_BACKOFF_S
+                self._out_of_trouble()
+
+    def _in_trouble(self, error: Exception) -> None:
+        """Said when it has lasted, once."""
+        logger.info("tracker does not take records: %s", error)
+        now = time.monotonic()
+        self._trouble_since = self._trouble_since or now
+        if not self._told and now - self._trouble_since > SAY_AFTER_S:
+            self._told = True
+            self.say(f"the tracker takes no records ({redact(reason(error))[:160]}): they wait")
+
+    def _out_of_trouble(self) -> None:
+        if self._told:
+            self.say("the tracker takes records again")
+        self._trouble_since, self._told = 0.0, False
 
     def _carry_now_and_then(self) -> None:
         if time.monotonic() - self._carried_at > CARRY_EVERY_S:
@@ -153,38 +180,36 @@ class Sender:
             with suppress(Exception):  # the next checkpoint, or the end, carries it
                 self.carry()
 
+    def _tidy_once(self) -> None:
+        """What was carried is sent by now; an old copy must not speak for the run later."""
+        if self._carried:
+            self._carried = False
+            with suppress(Exception):  # tried again at the end
+                self._tidy()
+
     def _send(self, records: list[dict[str, Any]]) -> None:
-        if self._gone:
-            self.lost += len(records)
-            return
         try:
             self._scribe = self._scribe or self._open()
             self._scribe.write(records)
-        except RunGoneError:
-            self._gone = True
-            self.lost += len(records)
-            self.say("the run was deleted in MLflow: nothing more of it is recorded")
-        except MlflowException as error:
-            if error.error_code not in REFUSALS:
+        except (MlflowException, HTTPError) as error:
+            if self._scribe is None or not _refusal(error, records):
                 raise
-            self._refused(records, error)
+            self._refused(self._scribe, records, error)
 
-    def _refused(self, records: list[dict[str, Any]], error: MlflowException) -> None:
+    def _refused(self, scribe: Scribe, records: list[dict[str, Any]], error: Exception) -> None:
         """What no repetition will change: find the record that is meant, send the others."""
         parts = [[record] for record in records]
         if len(records) == 1 and len(records[0].get("metrics", ())) > 1:
             [record] = records
             parts = [[record | {"metrics": {k: v}}] for k, v in record["metrics"].items()]
-        if self._scribe is None:
-            raise error
-        if len(parts) == 1:
-            if self._deleted(self._scribe):
-                self._gone = True
-            self.lost += 1
-            self.say(f"MLflow refused a record of {records[0]['op']}: {reason(error)}")
+        if len(parts) > 1:
+            for part in parts:
+                self._send(part)
             return
-        for part in parts:
-            self._send(part)
+        if self._deleted(scribe):
+            raise RunGoneError(scribe.run_id)
+        self.lost += 1
+        self.say(f"MLflow refused a record of {records[0]['op']}: {redact(reason(error))}")
 
     def _deleted(self, scribe: Scribe) -> bool:
         try:
@@ -245,3 +270,14 @@ def remove_carried(place: Place, name: str) -> None:
         gone = {name, CARD} if left <= {name, CARD} else {name}
         for file in sorted(left & gone):
             place.filesystem.rm_file(f"{place.path}/{file}")
+
+
+def _refusal(error: Exception, records: list[dict[str, Any]]) -> bool:
+    """Whether repeating is in vain: too large for a proxy, unknown to an old server, not allowed."""
+    if isinstance(error, HTTPError):
+        status = error.response.status_code if error.response is not None else 0
+        return 400 <= status < 500 and status not in MAY_BECOME_BETTER
+    code = getattr(error, "error_code", "")
+    if records[0]["op"] != "metrics" and code in UNKNOWN_TO_SERVER:
+        return True
+    return code in REFUSALS

@@ -25,17 +25,19 @@ class Spool:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._end_torn_line()
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        self._unsynced = False
+        self._unsynced = self._torn = False
         self._lock = threading.Lock()
 
     def append(self, record: Record) -> None:
         """Raises OSError, TypeError, ValueError: it could not be written down."""
         line = (json.dumps(record) + "\n").encode()
         with self._lock:
-            if os.write(self._file, line) != len(line):  # a full disk may take a part
-                os.write(self._file, b"\n")
-                raise OSError("no space left for a record")
+            if self._torn:
+                line = b"\n" + line
+            self._torn = os.write(self._file, line) != len(line)  # a full disk may take a part
             self._unsynced = True
+            if self._torn:
+                raise OSError("no space left for a record")
 
     def read(self, position: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Up to `limit` whole records after `position`, and the position after them."""
@@ -52,6 +54,18 @@ class Spool:
                 except ValueError:
                     continue  # torn by a kill; its step is run and logged again
         return records, position
+
+    def next_batch(self, position: int, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """As `read`: metrics that follow one another, or one record of another kind."""
+        records, after = self.read(position, 1)
+        if not records or records[0].get("op") != "metrics":
+            return records, after
+        while len(records) < limit:
+            more, beyond = self.read(after, 1)
+            if not more or more[0].get("op") != "metrics":
+                break
+            records, after = records + more, beyond
+        return records, after
 
     def rest(self) -> bytes:
         """What is still to be sent."""

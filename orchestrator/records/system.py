@@ -5,6 +5,7 @@ Names are those that the MLflow UI shows under "System metrics"; each node has i
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pynvml
 
 from orchestrator.records.journal import metrics_record
 from orchestrator.records.spool import Record
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
@@ -30,17 +33,17 @@ class SystemSampler:
     ) -> None:
         self.log, self.prefix = log, f"system/node-{node}/"
         self.every_s, self.began_ms = every_s, began_ms
-        self._gpus = _gpus()
-        self._before = _counters()
-        psutil.cpu_percent()  # the first call only sets the beginning
+        self._gpus: list[Any] = []
+        self._before: dict[str, float] = {}
         self._closing = threading.Event()
-        threading.Thread(target=self._run, name="system", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="system", daemon=True)
+        self._thread.start()
 
     def sample(self) -> dict[str, float]:
         memory = psutil.virtual_memory()
         disk = psutil.disk_usage("/")
         now = _counters()
-        passed = {key: (value - self._before[key]) / MIB for key, value in now.items()}
+        passed = {key: (value - self._before.get(key, value)) / MIB for key, value in now.items()}
         self._before = now
         found = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -56,15 +59,22 @@ class SystemSampler:
 
     def close(self) -> None:
         self._closing.set()
+        self._thread.join(1.0)
 
     def _run(self) -> None:
-        while not self._closing.wait(self.every_s):
-            step = int((time.time() * 1000 - self.began_ms) / (1000 * self.every_s))
-            self.log(metrics_record(step, self.sample()))
+        try:
+            self._gpus = _gpus()
+            self._before = _counters()
+            psutil.cpu_percent()  # the first call only sets the beginning
+            while not self._closing.wait(self.every_s):
+                step = int((time.time() * 1000 - self.began_ms) / (1000 * self.every_s))
+                self.log(metrics_record(step, self.sample()))
+        except (OSError, psutil.Error, RuntimeError) as error:  # a container may hide any of it
+            logger.warning("the load of this node is not recorded: %s", error)
 
 
 def _counters() -> dict[str, float]:
-    """Bytes since the node started; None where it has no such device."""
+    """Bytes since the node started; 0 where it has no such device."""
     network, disk = psutil.net_io_counters(), psutil.disk_io_counters()
     found = {
         "network_receive_megabytes": network.bytes_recv if network else 0,

@@ -115,10 +115,11 @@ class Tracker:
         Raises:
             TrackingError: with the place and the cause.
         """
-        location = self.artifact_location()
-        name = f"probe-{uuid.uuid4().hex}.txt"
+        location, name = "artifacts", f"probe-{uuid.uuid4().hex}.txt"
 
         def write() -> None:
+            nonlocal location
+            location = self.artifact_location()
             store = get_artifact_repository(location, tracking_uri=self.uri)
             with tempfile.TemporaryDirectory() as folder:
                 probe = Path(folder) / name
@@ -139,9 +140,13 @@ class Tracker:
 
     def read_artifact(self, run_id: str, name: str) -> str | None:
         """None where there is none, or no answer."""
-        try:
+
+        def read() -> str:
             with tempfile.TemporaryDirectory() as folder:
                 return Path(self.client.download_artifacts(run_id, name, folder)).read_text()
+
+        try:
+            return within(PROBE_TIMEOUT_S, read)
         except Exception:  # nothing that a training should wait for
             return None
 

@@ -56,6 +56,10 @@ class Witness(Protocol):
 
     def committed(self, step: int, uri: str, metrics: Mapping[str, float]) -> None: ...
 
+    def there(self, found: Mapping[int, tuple[str, Mapping[str, float]]]) -> None:
+        """At the start: URI and metrics of each step that is committed."""
+        ...
+
     def dropped(self, step: int) -> None:
         """By the rule of retention."""
         ...
@@ -132,6 +136,8 @@ class CheckpointStore:
             torn = [name for name in self._names() if self._meta(name) is None]
             for name in torn:
                 self._remove(int(name.removeprefix("step_")))
+            if self.witness is not None:
+                self.witness.there(self._scores())
         except Exception as error:  # litter is no reason not to train
             self.say(f"leftovers of an earlier process were not removed: {reason(error)}")
             return
@@ -201,6 +207,14 @@ class CheckpointStore:
             if meta is not None:
                 value = meta.get("metrics", {}).get(self.config.metric)
                 found.append(Kept(int(name.removeprefix("step_")), value))
+        return found
+
+    def _scores(self) -> dict[int, tuple[str, Mapping[str, float]]]:
+        found = {}
+        for name in self._names():
+            meta, step = self._meta(name), int(name.removeprefix("step_"))
+            if meta is not None:
+                found[step] = self.uri(step), meta.get("metrics", {})
         return found
 
     def _names(self) -> list[str]:

@@ -26,10 +26,14 @@ from helpers.faulty import FaultyProxy  # noqa: E402
 from helpers.jobs import Job  # noqa: E402
 from helpers.mlflow_server import MlflowServer  # noqa: E402
 
+from orchestrator.launch.interruptions import Interruptions  # noqa: E402  # before Ray: it sets its defaults
+from orchestrator.launch.mailbox import RemoteBoard, mailbox  # noqa: E402
 from orchestrator.records.journal import metrics_record  # noqa: E402
 from orchestrator.records.run import new_run  # noqa: E402
 from orchestrator.records.sender import Sender  # noqa: E402
 from orchestrator.records.spool import Spool  # noqa: E402
+
+import ray  # noqa: E402  # isort: skip
 
 ROUNDS, LOGGED, PAUSE_S, STEPS = 3, 3000, 0.003, 400
 STEP = {
@@ -78,11 +82,6 @@ def cost(folder: Path) -> dict[str, float]:
 
 
 def ray_board() -> list[float]:
-    import ray
-
-    from orchestrator.launch.interruptions import Interruptions
-    from orchestrator.launch.mailbox import RemoteBoard, mailbox
-
     class Nobody:
         def log(self, step: int, metrics: Mapping[str, float]) -> None:
             return

@@ -176,7 +176,9 @@ def test_pod_lost_with_its_disk_while_the_server_is_away(
     assert "continuing unfinished run" in done.out
     server.start()
     uri = f"s3://{storage.bucket}/checkpoints/{records(output).name}"
-    replay(uri, **storage.env)  # from where the checkpoints are: this pod may be gone as well
+    replay(
+        uri, MLFLOW_TRACKING_URI=server.uri, **storage.env
+    )  # from where the checkpoints are: this pod may be gone as well
     found = stored(server.uri, records(output).name)
     steps = [step for key, step, _ in found if key == "train/loss"]
     assert sorted(steps) == list(range(1, STEPS + 1))

@@ -188,3 +188,52 @@ def test_card_that_is_damaged_or_cannot_be_kept_is_no_obstacle(
     offline.cards.say = said.append
     begin(offline, key)
     assert "card was not kept" in said[0]
+
+
+def test_newer_run_that_is_not_sent_yet_goes_on(
+    tracker: Tracker, runs: Runs, key: str, tmp_path: Path, dead: str
+) -> None:
+    """--fresh while MLflow was away: not the older unfinished run that it knows."""
+    begin(runs, key)
+    time.sleep(0.005)
+    fresh = begin(open_runs(dead, tmp_path), key, "never")
+    assert begin(open_runs(tracker.uri, tmp_path), key).run_key == fresh.run_key
+
+
+def test_run_that_ended_while_the_tracker_was_away_does_not_go_on(runs: Runs, key: str) -> None:
+    """MLflow still calls it running."""
+    run = begin(runs, key)
+    runs.cards.keep(replace(run, outcome="diverged"))
+    assert runs.unfinished(key) is None
+
+
+def test_tracker_that_stops_answering_is_as_one_that_never_did(
+    runs: Runs, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begin(runs, key)
+    assert runs.tracker is not None
+
+    def away(key: str) -> None:
+        raise ConnectionError("lost")
+
+    monkeypatch.setattr(runs.tracker, "find_unfinished", away)
+    second = runs.unfinished(key)
+    assert second is not None
+    assert second.run_key == first.run_key
+    assert runs.tracker is None
+    assert runs.trouble is not None
+    assert runs.artifact_location() == ""
+    assert runs.check_artifacts(required=True) is None
+
+
+def test_artifacts_that_cannot_be_written_are_said_or_refused(
+    tracker: Tracker, key: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    root = (tmp_path / "file" / "artifacts").as_uri()
+    closed = Runs(tracker.uri, f"closed-{key}", root, [], say=print)
+    said = closed.check_artifacts(required=False)
+    assert said is not None
+    assert "they wait" in said
+    with pytest.raises(TrackingError, match=r"^tracking\.experiment: "):
+        closed.check_artifacts(required=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from mlflow.entities.logged_model import LoggedModel
+from mlflow.exceptions import MlflowException
 
 from orchestrator.records.run import TrackedRun
 from orchestrator.records.scribe import (
@@ -47,11 +48,59 @@ def test_tags_are_replaced(scribe: Scribe) -> None:
 
 def test_records_keep_their_order(scribe: Scribe) -> None:
     end = {"op": "end", "status": "KILLED", "outcome": "interrupted", "time_ms": 5}
-    run = twice(scribe, end, {"op": "begin"})
+    run = twice(scribe, end, {"op": "begin", "time_ms": 6})
     assert run.info.status == "RUNNING"
-    run = twice(scribe, end | {"status": "FINISHED", "outcome": "finished"})
-    assert (run.info.status, run.info.end_time) == ("FINISHED", 5)
+    run = twice(scribe, end | {"status": "FINISHED", "outcome": "finished", "time_ms": 7})
+    assert (run.info.status, run.info.end_time) == ("FINISHED", 7)
     assert run.data.tags[OUTCOME] == "finished"
+    # What an earlier process could not send until now changes nothing.
+    run = twice(scribe, end, {"op": "begin", "time_ms": 6})
+    assert (run.info.status, run.info.end_time) == ("FINISHED", 7)
+    assert run.data.tags[OUTCOME] == "finished"
+
+
+def test_earlier_tags_and_texts_do_not_replace_later_ones(scribe: Scribe, tmp_path: Path) -> None:
+    twice(scribe, {"op": "tags", "tags": {"hours": "15"}, "time_ms": 20})
+    twice(scribe, {"op": "text", "to": "events.json", "text": "late", "time_ms": 20})
+    late = {"op": "tags", "tags": {"hours": "5"}, "time_ms": 10}
+    run = twice(scribe, late, {"op": "text", "to": "events.json", "text": "early", "time_ms": 10})
+    assert run.data.tags["hours"] == "15"
+    found = scribe.client.download_artifacts(scribe.run_id, "events.json", str(tmp_path))
+    assert Path(found).read_text() == "late"
+
+
+@pytest.mark.parametrize("file", ["../outside.txt", "/etc/hostname", "a/../../outside.txt"])
+def test_files_outside_the_records_are_not_sent(scribe: Scribe, tmp_path: Path, file: str) -> None:
+    """Spools are taken over from where checkpoints lie, and others may write there."""
+    scribe.folder = tmp_path / "records"
+    scribe.folder.mkdir()
+    (tmp_path / "outside.txt").write_text("private")
+    with pytest.raises(MlflowException, match="outside the run's records"):
+        scribe.write([{"op": "file", "file": file, "to": "stolen.txt"}])
+    assert scribe.client.list_artifacts(scribe.run_id) == []
+
+
+def test_models_of_checkpoints_that_are_gone_are_removed(scribe: Scribe) -> None:
+    for step in (10, 20):
+        twice(
+            scribe,
+            {"op": "checkpoint", "step": step, "time_ms": 1, "uri": "s3://b", "dataset": {},
+             "metrics": {"val/AP": 0.1}, "best_by": "val/AP"},
+        )  # fmt: skip
+    twice(scribe, {"op": "kept", "steps": [20, 30]})
+    assert [model.tags[STEP] for model in models_of(scribe)] == ["20"]
+
+
+def test_model_of_an_evaluation_that_was_made_twice_has_the_runs_own_value(scribe: Scribe) -> None:
+    """After a kill it is made again, on a GPU with other last digits: the curve has one point."""
+    twice(scribe, {"op": "metrics", "step": 9, "time_ms": 5, "metrics": {"val/AP": 0.25}})
+    twice(
+        scribe,
+        {"op": "checkpoint", "step": 9, "time_ms": 8, "uri": "s3://b", "dataset": {},
+         "metrics": {"val/AP": 0.2500001}, "best_by": "val/AP"},
+    )  # fmt: skip
+    history = scribe.client.get_metric_history(scribe.run_id, "val/AP")
+    assert [(m.step, m.timestamp, m.value) for m in history] == [(9, 5, 0.25)]
 
 
 def test_artifacts(scribe: Scribe, tmp_path: Path) -> None:

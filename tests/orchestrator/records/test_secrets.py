@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.records.secrets import redact, without_secret
+from orchestrator.records.secrets import redact, redact_all, without_secret
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,30 @@ def test_values_of_secret_variables_are_hidden(name: str, hidden: bool) -> None:
     assert text == ("before *** after" if hidden else "before planted-value after")
 
 
-def test_short_values_are_left_alone() -> None:
+def test_short_values_and_parts_of_words_are_left_alone() -> None:
     assert redact("a token of yes", {"A_TOKEN": "yes"}) == "a token of yes"
+    assert redact("s3://checkpoints/1", {"A_TOKEN": "checkpoin"}) == "s3://checkpoints/1"
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("postgresql://mlflow:ab/cd+e@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ("mysql+pymysql://u:a/b@c@db/x", "mysql+pymysql://***@db/x"),
+        ("https://b/x?X-Amz-Signature=abc&y=1", "https://b/x?X-Amz-Signature=***&y=1"),
+        ("https://b/x?y=1&sig=abc", "https://b/x?y=1&sig=***"),
+        ("sqlite:////data/a@b/m.db", "sqlite:////data/a@b/m.db"),
+    ],
+)
+def test_secrets_of_databases_and_queries_are_hidden(text: str, clean: str) -> None:
+    assert redact(text, {}) == clean
+    assert without_secret(text) == clean.replace("***@", "")
+
+
+def test_trees_are_redacted_before_they_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", 'with "quotes"')
+    tree = {"a": ['use with "quotes"!', 1], "b": {"c": None}}
+    assert redact_all(tree) == {"a": ["use ***!", 1], "b": {"c": None}}
 
 
 @pytest.mark.parametrize("user", ["user:pass@", "user:p@ss@", "token@"])
