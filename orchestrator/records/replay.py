@@ -108,5 +108,5 @@ def _send(run: TrackedRun, spool: Spool) -> Replayed:
         time.sleep(0.1)
         if spool.position() != position:
             position, moved = spool.position(), time.monotonic()
-    sender.close(timeout_s=5.0)
+    sender.close(timeout_s=0.5)  # all that could be waited for was waited for above
     return Replayed(sender.run, spool.path.name, len(records), len(spool.rest()), sender.lost)

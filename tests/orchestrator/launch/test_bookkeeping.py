@@ -42,7 +42,14 @@ def tags(failures: int, resumptions: int = 0) -> dict[str, str]:
 
 
 @pytest.fixture(params=["online", "offline"])
-def uri(request: pytest.FixtureRequest, tracker: Tracker, closed_port: int) -> str:
+def uri(
+    request: pytest.FixtureRequest,
+    tracker: Tracker,
+    closed_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    if request.param == "offline":
+        monkeypatch.setattr("orchestrator.launch.bookkeeping.CLOSE_TIMEOUT_S", 0.2)
     return tracker.uri if request.param == "online" else f"http://127.0.0.1:{closed_port}"
 
 

@@ -300,7 +300,10 @@ def test_a_missing_objective_or_run_of_the_champion_is_not_comparable(runs: Runs
     assert runs.promote(runs.make({5: 0.2})).version == "2"  # the tag is what counts
 
 
-@pytest.mark.parametrize("how", ["loads not", "other boxes", "fewer boxes"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("loads not", marks=pytest.mark.integration), "other boxes", "fewer boxes"],
+)
 def test_a_package_that_answers_otherwise_is_refused(runs: Runs, how: str) -> None:
     def ask(folder: Path, image: bytes) -> list[package.Row]:
         if how == "loads not":

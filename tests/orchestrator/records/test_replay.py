@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import ConfigError, StorageError
 from orchestrator.records.journal import DRIVER, Journal, metrics_record
 from orchestrator.records.replay import replay
 from orchestrator.records.run import TrackedRun
@@ -65,4 +65,12 @@ def test_tracker_that_is_still_away(
 @pytest.mark.parametrize("place", ["nowhere", "s3://no-such-bucket/x"])
 def test_place_that_is_not_there(s3: str, place: str) -> None:
     with pytest.raises(StorageError, match=rf"^--replay: .*{place}"):
-        list(replay(place, tracking_uri=None))
+        list(replay(place, tracking_uri="sqlite://"))
+
+
+def test_card_of_a_bucket_does_not_say_who_is_sent_a_password(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=r"^--tracking-uri: "):
+        list(replay(f"s3://{bucket}/run", tracking_uri=None))
