@@ -80,6 +80,7 @@ class Leader:
             save_every_s=order.assignment.save_every_s,
             watchdog=open_watchdog(order.assignment, 0, world_size(), board.say),
         )
+        recorder.begin(runtime.device, runtime.world_size)
         try:
             return train(order.assignment, runtime, store)
         finally:

@@ -149,6 +149,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         requests=Requests(actor) if rank == 0 else None,
         on_notice=lambda: board.tell("noticed"),
     )
+    if recorder is not None:
+        recorder.begin(runtime.device, runtime.world_size)
     try:
         return train(assignment, runtime, store)
     except UserError as error:

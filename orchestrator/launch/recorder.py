@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 from model.training.evaluation import Evaluation
 from model.training.fit import FUSION
 from orchestrator.records.gallery import Gallery
 from orchestrator.records.journal import metrics_record
 from orchestrator.records.sender import Sender, open_spool
-from orchestrator.records.system import SystemSampler
+from orchestrator.records.system import SystemSampler, processor
 from orchestrator.storage.filesystems import Place, open_place, reason
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ class Recorder:
         self._scored_ms: dict[int, int] = {}
         self._fusion: dict[str, float] = {}
         self._no_gallery = False
+
+    def begin(self, device: torch.device, world_size: int) -> None:
+        """What it is trained on."""
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+        tags = {"hardware": f"{world_size} x {kind}"}
+        self.sender.log({"op": "tags", "tags": tags})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         record = metrics_record(step, metrics)

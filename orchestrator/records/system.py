@@ -6,9 +6,12 @@ Names are those that the MLflow UI shows under "System metrics"; each node has i
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -71,6 +74,16 @@ class SystemSampler:
                 self.log(metrics_record(step, self.sample()))
         except (OSError, psutil.Error, RuntimeError) as error:  # a container may hide any of it
             logger.warning("the load of this node is not recorded: %s", error)
+
+
+def processor() -> str:
+    """Model name of this machine's CPU and its number of cores."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return f"{names[0] if names else platform.machine()} ({os.cpu_count()} cores)"
 
 
 def _counters() -> dict[str, float]:
