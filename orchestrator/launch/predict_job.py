@@ -19,7 +19,8 @@ from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.launch.progress import print_table
 from orchestrator.launch.resolve import output_folder
-from orchestrator.records.sources import open_model, tracking_uri
+from orchestrator.records.sources import open_model
+from orchestrator.records.tracker import tracking_uri
 from orchestrator.storage.images import ImageFile, list_images, read_batches
 
 DETECTIONS, DRAWN = "detections.json", "drawn"

@@ -15,7 +15,8 @@ from orchestrator.records.gates import Gate
 from orchestrator.records.package import Ask, ask_in_new_process
 from orchestrator.records.registry import Promotion, Rules, promote
 from orchestrator.records.secrets import without_secret
-from orchestrator.records.sources import connect, tracking_uri
+from orchestrator.records.sources import connect
+from orchestrator.records.tracker import tracking_uri
 
 
 @dataclass(frozen=True)

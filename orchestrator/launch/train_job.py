@@ -30,7 +30,7 @@ from orchestrator.launch.worker import Assignment, open_store
 from orchestrator.records.run import DIVERGED, FINISHED, TrackedRun
 from orchestrator.records.runs import Runs
 from orchestrator.records.secrets import without_secret
-from orchestrator.records.sources import tracking_uri
+from orchestrator.records.tracker import tracking_uri
 from orchestrator.storage.checkpoints import CheckpointStore
 from orchestrator.storage.filesystems import check_writable, open_place
 from orchestrator.storage.retry import retrying

@@ -38,11 +38,6 @@ MODEL_ID = re.compile(r"\bm-[0-9a-f]{32}\b")
 PATIENCE_S = 30.0
 
 
-def tracking_uri(given: str | None, output: Path) -> str:
-    """As given, as the environment says, or the database that training keeps in `output`."""
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output / 'mlflow.db'}"
-
-
 def connect(uri: str) -> MlflowClient:
     """Raises TrackingError: it does not answer. A database that is not there is not made."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(CHECK_RETRIES))

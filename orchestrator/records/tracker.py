@@ -29,6 +29,11 @@ CHECK_RETRIES, CHECK_TIMEOUT_S = 1, 10
 PROBE_TIMEOUT_S = 30.0
 
 
+def tracking_uri(given: str | None, output: Path) -> str:
+    """As given, as the environment says, or the database that training keeps in `output`."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output / 'mlflow.db'}"
+
+
 class Tracker:
     """One experiment of one tracking server or database.
 

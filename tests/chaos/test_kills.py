@@ -25,7 +25,8 @@ def arguments(kills: int) -> list[str]:
     return [*one_thread, *limits, "--steps", str(400 + 120 * kills)]
 
 
-@pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("kills", [SHORT, LONG])
 def test_kill_9_at_random(tmp_path: Path, kills: int) -> None:
     """Workers, raylets and drivers; whoever started the driver starts it again."""
     (tmp_path / "undisturbed").mkdir()

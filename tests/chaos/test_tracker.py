@@ -129,6 +129,7 @@ def test_server_fails_in_the_middle(server: MlflowServer, tmp_path: Path, fault:
         assert "validation" in run.data.tags["mlflow.note.content"]
 
 
+@pytest.mark.chaos
 def test_server_was_never_there(tmp_path: Path) -> None:
     """A first start without it, a restart without it, then everything is sent into one run."""
     server, output = MlflowServer(tmp_path / "mlflow"), tmp_path / "out"

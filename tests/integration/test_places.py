@@ -143,9 +143,16 @@ def readers_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
 
 
 @pytest.mark.parametrize(
-    ("bucket", "cause"), [("models", "denied"), ("no-such-bucket", "bucket does not exist")]
+    ("asked", "bucket", "cause"),
+    [
+        ("checkpoints", "no-such-bucket", "bucket does not exist"),
+        ("artifacts", "models", "denied"),
+        pytest.param(
+            "artifacts", "no-such-bucket", "bucket does not exist", marks=pytest.mark.slow
+        ),
+        pytest.param("checkpoints", "models", "denied", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("asked", ["checkpoints", "artifacts"])
 def test_bucket_that_cannot_be_written_is_found_before_training(
     s3: dict[str, str],
     readers_s3: dict[str, str],

@@ -27,8 +27,8 @@ from orchestrator.errors import CheckpointError, ConfigError, TrackingError, Use
 from orchestrator.records import package
 from orchestrator.records.gates import Gate
 from orchestrator.records.registry import Promotion, Rules, promote
-from orchestrator.records.sources import connect, open_model, tracking_uri
-from orchestrator.records.tracker import CHECKPOINTS, OUTCOME, Tracker
+from orchestrator.records.sources import connect, open_model
+from orchestrator.records.tracker import CHECKPOINTS, OUTCOME, Tracker, tracking_uri
 
 
 def write_step(folder: Path, step: int, metrics: dict[str, float], lr_factor: float = 1.0) -> None:
