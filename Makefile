@@ -24,11 +24,11 @@ $(STAMP): constraints.txt
 train: $(STAMP)
 	@$(BIN)/python jobs/train.py --config jobs/configs/shapes.yaml $(ARGS)
 
-test: $(STAMP) lint
-	@$(PYTEST) -m "not slow and not chaos" tests
+test: $(STAMP) lint test-unit
+	@$(PYTEST) -m "integration and not slow and not chaos" tests
 
 test-unit: $(STAMP)
-	@$(PYTEST) -m "not slow and not chaos and not integration" tests
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not chaos and not integration" tests
 
 test-slow: $(STAMP)
 	@$(PYTEST) -m slow tests
