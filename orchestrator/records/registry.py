@@ -25,6 +25,7 @@ from model.training.state import read_metrics, read_network, read_progress
 from orchestrator.errors import ConfigError
 from orchestrator.records import gates, package
 from orchestrator.records.gates import Champion, Gate, RunFacts
+from orchestrator.records.scribe import CONTEXT, ROLLED_BACK, STEP
 from orchestrator.records.sources import (
     checkpoints_of,
     choose_step,
@@ -36,14 +37,13 @@ from orchestrator.records.tracker import OUTCOME
 from orchestrator.storage.filesystems import reason
 
 CHAMPION, PREVIOUS = "champion", "previous"
-RUN, STEP, METRIC, BEFORE = "effdet.run", "effdet.step", "effdet.metric.", "effdet.previous"
-VALIDATION = ("mlflow.data.context", "validation")
+RUN, METRIC, BEFORE = "effdet.run", "effdet.metric.", "effdet.previous"
+VALIDATION = (CONTEXT, "validation")
 PARAMS = (
     "phi", "backbone", "fusion", "topology", "image_size_px", "fpn_channels", "fpn_repeats",
     "head_layers", "num_classes",
 )  # fmt: skip
 METRIC_NAME = re.compile(r"[/\w.\- :]+")  # MLflow refuses a whole batch for one other name
-ROLLED_BACK = "train/rolled_back"
 ALIAS = re.compile(r"(?!v\d+$|latest$)[\w-]{1,200}", re.IGNORECASE)
 
 

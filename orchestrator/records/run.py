@@ -86,7 +86,7 @@ class Cards:
         found = []
         for place in self.places:
             with suppress(Exception):  # each filesystem has its own exceptions
-                card = within(CARD_TIMEOUT_S, partial(_read, place, _path(place, key)))
+                card = within(CARD_TIMEOUT_S, partial(read_bytes, place, _name(key)))
                 found.append(from_card(card))
         return max(found, key=lambda run: (run.began_ms, run.done), default=None)
 
@@ -94,31 +94,33 @@ class Cards:
         """Never raises: what could not be kept is said."""
         for place in self.places:
             try:
-                within(CARD_TIMEOUT_S, partial(_write, place, _path(place, run.key), run))
+                within(CARD_TIMEOUT_S, partial(_write, place, _name(run.key), run))
             except Exception as error:  # each filesystem has its own exceptions
                 self.say(f"the run's card was not kept in {place.uri}: {reason(error)}")
 
 
 def keep_card(place: Place, run: TrackedRun) -> None:
     """Beside the records of one run."""
-    _write(place, f"{place.path}/{CARD}", run)
+    _write(place, CARD, run)
 
 
 def read_card(place: Place) -> TrackedRun:
     """Raises FileNotFoundError, ValueError, TypeError."""
-    return from_card(_read(place, f"{place.path}/{CARD}"))
+    return from_card(read_bytes(place, CARD))
 
 
-def _path(place: Place, key: str) -> str:
-    return f"{place.path}/by-configuration/{key}.json"
+def _name(key: str) -> str:
+    return f"by-configuration/{key}.json"
 
 
-def _read(place: Place, path: str) -> bytes:
-    card: bytes = place.filesystem.cat_file(path)
-    return card
+def read_bytes(place: Place, name: str) -> bytes:
+    """Content of a file in a place."""
+    content: bytes = place.filesystem.cat_file(f"{place.path}/{name}")
+    return content
 
 
-def _write(place: Place, path: str, run: TrackedRun) -> None:
+def _write(place: Place, name: str, run: TrackedRun) -> None:
+    path = f"{place.path}/{name}"
     place.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
     if place.local is None:
         place.filesystem.pipe_file(path, to_card(run))

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from requests import HTTPError
 
-from orchestrator.records.run import CARD, TrackedRun, keep_card
+from orchestrator.records.run import CARD, TrackedRun, keep_card, read_bytes
 from orchestrator.records.scribe import Scribe, find_run
 from orchestrator.records.secrets import redact
 from orchestrator.records.spool import Record, Spool
@@ -250,15 +250,10 @@ def open_spool(path: Path, carried: Place) -> Spool:
     """With what another node, or an earlier pod, carried to `carried` and could not send."""
     spool = Spool(path)
     with suppress(Exception):  # each filesystem has its own exceptions; it stays there
-        rest = within(CARRY_TIMEOUT_S, partial(_read, carried, path.name))
+        rest = within(CARRY_TIMEOUT_S, partial(read_bytes, carried, path.name))
         if rest not in path.read_bytes():
             spool.adopt(rest)
     return spool
-
-
-def _read(place: Place, name: str) -> bytes:
-    found: bytes = place.filesystem.cat_file(f"{place.path}/{name}")
-    return found
 
 
 def remove_carried(place: Place, name: str) -> None:
