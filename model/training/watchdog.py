@@ -184,8 +184,9 @@ class Watchdog:
             elif read_at is None:
                 continue
             else:
+                # Silence is what reading did not end: one that had no time to read heard nothing.
                 others = [
-                    _aged(report, now - heard_at)
+                    _aged(report, now - heard_at, read_at - heard_at)
                     for _, heard_at, report in list(self._heard.values())
                 ]
                 why = verdict(me, others, timeout_s=timeout_s, patience_s=self.patience_s)
@@ -214,10 +215,10 @@ class Watchdog:
         return min(self.patience_s, max(self.timeout_s, SLOW_STEP * self._longest_s))
 
 
-def _aged(report: Report, unheard_s: float) -> Report:
-    """As it is to be seen when nothing new has come for a while."""
+def _aged(report: Report, elapsed_s: float, unheard_s: float) -> Report:
+    """As it is to be seen elapsed_s after it came, when reading found nothing new for unheard_s."""
     silent_s = unheard_s if unheard_s > 2 * REPORT_EVERY_S else 0.0
-    return replace(report, age_s=report.age_s + unheard_s, silent_s=silent_s)
+    return replace(report, age_s=report.age_s + elapsed_s, silent_s=silent_s)
 
 
 def _parse(rank: int, text: str) -> Report:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from model.training.watchdog import EXIT_CODE, Report, Watchdog, verdict
+from model.training.watchdog import EXIT_CODE, Report, Watchdog, _aged, verdict
 
 
 def report(rank: int, step: int, phase: str, age_s: float, silent_s: float = 0.0) -> Report:
@@ -65,6 +65,13 @@ def test_slow_steps_are_not_stuck_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*seen, watchdog._timeout_s()] == [600, 60, 60, 150, 600]
 
 
+def test_a_reader_without_time_accuses_nobody() -> None:
+    """What was heard when reading last found time is not silent, however long ago that was."""
+    heard = report(1, 7, "step", 3)
+    assert _aged(heard, elapsed_s=40, unheard_s=1) == report(1, 7, "step", 43)
+    assert _aged(heard, elapsed_s=40, unheard_s=39) == report(1, 7, "step", 43, 39)
+
+
 def _wait(rank: int, folder: str, how: str, late: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -73,7 +80,7 @@ def _wait(rank: int, folder: str, how: str, late: int) -> None:
     )  # fmt: skip
     said = Path(folder) / f"said-{rank}"
     watchdog = Watchdog(
-        rank=rank, world_size=2, timeout_s=4, patience_s=60, say=lambda text: _write(said, text)
+        rank=rank, world_size=2, timeout_s=8, patience_s=60, say=lambda text: _write(said, text)
     )
     for step in range(3):
         watchdog.arrive(step, "data")
