@@ -113,31 +113,48 @@ class RayLauncher(Launcher):
         progress: Progress,
         interruptions: Interruptions,
     ) -> dict[str, Any]:
-        from orchestrator.launch import supervisor
-        from orchestrator.launch.mailbox import mailbox
-        from orchestrator.launch.ray_runtime import room_for
+        stop = threading.Event()
+        with _sigterm_sets(stop, progress):
+            storage = ray_storage(assignment, self.cluster)
+            return run_on_ray(assignment, hardware, progress, interruptions, stop, storage)
 
-        stop, launch = threading.Event(), assignment.resolved.job.launch
 
-        def room() -> int:
-            if launch.max_workers is None:
-                return 0
-            fits = room_for(hardware.cpus_per_worker, hardware.gpus_per_worker)
-            return min(fits, launch.max_workers)
+def run_on_ray(
+    assignment: Assignment,
+    hardware: preflight.Hardware,
+    progress: Progress,
+    interruptions: Interruptions,
+    stop: threading.Event,
+    storage: str,
+) -> dict[str, Any]:
+    """A TorchTrainer to its end. stop: asks it to save and stop. storage: of Ray Train's own notes.
 
-        with (
-            _sigterm_sets(stop, progress),
-            mailbox(progress, interruptions, stop, room) as board,
-        ):
-            return supervisor.run_trainer(
-                {"assignment": assignment, "board": board},
-                launch,
-                gpus_per_worker=hardware.gpus_per_worker,
-                cpus_per_worker=hardware.cpus_per_worker,
-                name=assignment.run.run_key,
-                storage_path=_ray_storage(assignment, self.cluster),
-                interruptions=interruptions,
-            )
+    Raises:
+        UserError: as raised in a worker.
+        GaveUpError: more failures than `launch.max_failures`.
+    """
+    from orchestrator.launch import supervisor
+    from orchestrator.launch.mailbox import mailbox
+    from orchestrator.launch.ray_runtime import room_for
+
+    launch = assignment.resolved.job.launch
+
+    def room() -> int:
+        if launch.max_workers is None:
+            return 0
+        fits = room_for(hardware.cpus_per_worker, hardware.gpus_per_worker)
+        return min(fits, launch.max_workers)
+
+    with mailbox(progress, interruptions, stop, room) as board:
+        return supervisor.run_trainer(
+            {"assignment": assignment, "board": board},
+            launch,
+            gpus_per_worker=hardware.gpus_per_worker,
+            cpus_per_worker=hardware.cpus_per_worker,
+            name=assignment.run.run_key,
+            storage_path=storage,
+            interruptions=interruptions,
+        )
 
 
 @contextmanager
@@ -157,7 +174,7 @@ def _sigterm_sets(stop: threading.Event, progress: Progress) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _ray_storage(assignment: Assignment, cluster: Cluster) -> str:
+def ray_storage(assignment: Assignment, cluster: Cluster) -> str:
     """Ray Train's own notes on a run; checkpoints are not among them.
 
     Raises:

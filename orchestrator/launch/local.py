@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model.training.runtime import LocalRuntime, NoSink, join_torchrun
+from model.training.runtime import LocalRuntime, NoSink, ProcessGroupRuntime, join_torchrun
 from orchestrator.launch.recorder import Board, NodeRecorder, Recorder
 from orchestrator.launch.worker import Assignment, open_store, open_watchdog, train
 from orchestrator.storage.background import BackgroundStore
@@ -70,25 +70,38 @@ class Leader:
         """Rank 0's part of the training, after the others were told of theirs."""
         if not self._told:
             self._tell(order)
-        recorder = Recorder(order.assignment, board)
-        store = BackgroundStore(open_store(order.assignment, board.say, recorder))
-        runtime = LocalRuntime(
-            store=store,
-            sink=recorder,
-            device=order.device,
-            threads=order.threads,
-            save_every_s=order.assignment.save_every_s,
-            watchdog=open_watchdog(order.assignment, 0, world_size(), board.say),
-        )
-        recorder.begin(runtime.device, runtime.world_size)
-        try:
-            return train(order.assignment, runtime, store)
-        finally:
-            recorder.close()
+
+        def runtime(store: BackgroundStore, sink: Recorder) -> ProcessGroupRuntime:
+            return LocalRuntime(
+                store=store,
+                sink=sink,
+                device=order.device,
+                threads=order.threads,
+                save_every_s=order.assignment.save_every_s,
+                watchdog=open_watchdog(order.assignment, 0, world_size(), board.say),
+            )
+
+        return lead(order.assignment, board, runtime)
 
     def _tell(self, order: Order | None) -> None:
         self._told = True
         dist.broadcast_object_list([order], src=0)
+
+
+def lead(
+    assignment: Assignment,
+    board: Board,
+    make: Callable[[BackgroundStore, Recorder], ProcessGroupRuntime],
+) -> dict[str, Any]:
+    """Rank 0's part in this process."""
+    recorder = Recorder(assignment, board)
+    store = BackgroundStore(open_store(assignment, board.say, recorder))
+    try:
+        runtime = make(store, recorder)
+        recorder.begin(runtime.device, runtime.world_size)
+        return train(assignment, runtime, store)
+    finally:
+        recorder.close()
 
 
 def follow(*, use_gpu: bool) -> int:

@@ -99,6 +99,22 @@ def check_data(split: Split, index: CocoIndex, job: TrainJob) -> int:
     return check_images(index, split.reader(), everything=job.data.check == "all")
 
 
+def check_splits(resolved: ResolvedJob, train: CocoIndex, val: CocoIndex) -> list[tuple[str, str]]:
+    """Rows of the preflight's table.
+
+    Raises:
+        DataError
+    """
+    rows = []
+    for split, index, name in (
+        (resolved.train, train, "train data"),
+        (resolved.val, val, "val data"),
+    ):
+        checked = check_data(split, index, resolved.job)
+        rows.append(describe_data(split, index, name, checked))
+    return rows
+
+
 def choose_hardware(job: TrainJob, *, cpus: float, gpus: float, local: bool) -> Hardware:
     """Raises ClusterError where the cluster can never give what is asked for."""
     launch = job.launch

@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from model.training.step import Schedule
+
 PLAIN_INTERVAL_S = 5.0
+Row = tuple[str, str]
 
 
 class Progress:
@@ -31,6 +34,13 @@ class Progress:
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
+
+    @classmethod
+    def of(cls, schedule: Schedule, metric: str, stream: TextIO) -> Self:
+        return cls(
+            total_steps=schedule.total, steps_per_epoch=schedule.steps_per_epoch,
+            metric=metric, stream=stream,
+        )  # fmt: skip
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if "train/rolled_back" in metrics:
@@ -94,7 +104,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
 
 
-def print_table(title: str, rows: Sequence[tuple[str, str]], stream: TextIO | None = None) -> None:
+def print_table(title: str, rows: Sequence[Row], stream: TextIO | None = None) -> None:
     """Two columns; the first is a name, the second wraps."""
     console = Console(file=stream or sys.stdout, highlight=False)
     if not console.is_terminal:

@@ -141,7 +141,7 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
         UserError: anything that could not work.
     """
     _check_numbers(job)
-    job = _as_published(job)
+    job = as_published(job)
     output, notes = output_folder(job)
     train, val, more = _splits(job, output)
     notes += more
@@ -158,7 +158,26 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
     if not len(train_index.labels):
         raise DataError(train_index.name, "at least one box", "none", "annotate some images")
 
-    spec = resolve(job.model, train_index.classes.num_classes)
+    resolved = _complete(job, train, val, output, tuple(notes), train_index.classes.num_classes)
+    return resolved, train_index, val_index
+
+
+def with_job(resolved: ResolvedJob, job: TrainJob) -> ResolvedJob:
+    """Another job on the same data, which is not read again.
+
+    Raises:
+        ConfigError: see `resolve_job`.
+    """
+    _check_numbers(job)
+    job = as_published(job)
+    num_classes = resolved.recipe.network.num_classes
+    return _complete(job, resolved.train, resolved.val, resolved.output, (), num_classes)
+
+
+def _complete(
+    job: TrainJob, train: Split, val: Split, output: Path, notes: tuple[str, ...], num_classes: int
+) -> ResolvedJob:
+    spec = resolve(job.model, num_classes)
     demo = _is_demo(job)
     pretrained = job.model.pretrained == "yes"
     if job.model.pretrained == "auto":
@@ -178,8 +197,7 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
         freeze=job.model.freeze,
     )
     name = job.run.name or f"{Path(job.data.root).name}-d{job.model.phi}"
-    resolved = ResolvedJob(job, recipe, train, val, output, name, tuple(notes))
-    return resolved, train_index, val_index
+    return ResolvedJob(job, recipe, train, val, output, name, notes)
 
 
 def derive(resolved: ResolvedJob, num_train: int, num_val: int) -> Derived:
@@ -225,7 +243,7 @@ def output_folder(job: TrainJob) -> tuple[Path, list[str]]:
     return output.absolute(), []
 
 
-def _as_published(job: TrainJob) -> TrainJob:
+def as_published(job: TrainJob) -> TrainJob:
     """A published name says which network it is; a local path stays the same place on a worker.
 
     Raises:
