@@ -216,7 +216,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("command line", "valid flags", message)
 
 
-class _Override(argparse.Action):
+class Override(argparse.Action):
     """Collects (path, value) in the order given, so that the last one wins."""
 
     def __call__(
@@ -255,11 +255,11 @@ def _job_parser(program: str, description: str) -> Parser:
     parser.add_argument("--config", metavar="YAML", help="a training YAML, as in jobs/configs/")
     for flag in TRAIN_FLAGS:
         parser.add_argument(
-            flag.name, action=_Override, const=flag, metavar=flag.metavar,
+            flag.name, action=Override, const=flag, metavar=flag.metavar,
             help=f"{flag.help} ({flag.path})", dest="overrides",
         )  # fmt: skip
     parser.add_argument(
-        "--set", action=_Override, const=None, metavar="PATH=VALUE", dest="overrides",
+        "--set", action=Override, const=None, metavar="PATH=VALUE", dest="overrides",
         help="any other setting by its path",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="last line of output: one json object")
@@ -348,7 +348,7 @@ def parse_promote(description: str, argv: Sequence[str]) -> tuple[PromoteRequest
     Raises:
         ConfigError: anything that is not understood.
     """
-    parser = _plain_parser("jobs/promote.py", description)
+    parser = plain_parser("jobs/promote.py", description)
     add = parser.add_argument
     add("run_id", metavar="RUN_ID", help="the training run")
     add("--name", required=True, metavar="NAME", help="of the registered model")
@@ -395,7 +395,7 @@ def parse_predict(description: str, argv: Sequence[str]) -> tuple[PredictRequest
     Raises:
         ConfigError: anything that is not understood.
     """
-    parser = _plain_parser("jobs/predict.py", description)
+    parser = plain_parser("jobs/predict.py", description)
     add, default = parser.add_argument, PredictRequest("", ())
     add(
         "model", metavar="MODEL",
@@ -432,7 +432,7 @@ def parse_doctor(description: str, argv: Sequence[str]) -> tuple[DoctorRequest, 
     Raises:
         ConfigError: anything that is not understood.
     """
-    parser = _plain_parser("jobs/doctor.py", description)
+    parser = plain_parser("jobs/doctor.py", description)
     parser.add_argument(
         "--replay", nargs="*", metavar="PLACE",
         help="send the records that MLflow did not take: a job's output folder (runs), one run's "
@@ -449,7 +449,7 @@ def parse_doctor(description: str, argv: Sequence[str]) -> tuple[DoctorRequest, 
     return DoctorRequest(places, given.tracking_uri), DoctorOptions(given.json)
 
 
-def _plain_parser(program: str, description: str) -> Parser:
+def plain_parser(program: str, description: str) -> Parser:
     return Parser(
         prog=program,
         description=description,

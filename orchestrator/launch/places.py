@@ -42,7 +42,7 @@ def check_places(resolved: ResolvedJob, key: str, resume: str, params: int, out:
     runs = open_runs(job, resolved.output, out)
     silent = runs.check(key, resume=resume, required=job.tracking.required)
     known = None if resume == "never" else runs.unfinished(key)
-    place = open_place(_checkpoints_base(resolved, runs), "checkpoint.uri")
+    place = open_place(checkpoints_base(resolved, runs), "checkpoint.uri")
     check_writable(place, "checkpoint.uri")
     needed = job.tracking.required and known is None
     silent = runs.check_artifacts(required=needed) or silent
@@ -67,7 +67,7 @@ def open_runs(job: TrainJob, output: Path, out: TextIO) -> Runs:
     )
 
 
-def _checkpoints_base(resolved: ResolvedJob, runs: Runs) -> str:
+def checkpoints_base(resolved: ResolvedJob, runs: Runs) -> str:
     """Beside the runs' artifacts where this process can write there, so that MLflow shows them."""
     if resolved.job.checkpoint.uri is not None:
         return resolved.job.checkpoint.uri

@@ -174,8 +174,11 @@ class Cluster:
     address: str
 
 
-def connect(root: Path) -> Cluster:
+def connect(root: Path, *, dashboard: bool = False) -> Cluster:
     """Join the cluster of RAY_ADDRESS (a submitted job has one), or start one on this machine.
+
+    dashboard: of one started here; trials with workers of their own need it, or what is left of one
+    that died holds its place for ever.
 
     Workers get the code of `root`: by path here, as an uploaded package elsewhere, unless the job
     was submitted with a working directory of its own.
@@ -198,11 +201,15 @@ def connect(root: Path) -> Cluster:
                 "correct it (and RAY_AUTH_TOKEN), or unset it for a local cluster",
             ) from None  # fmt: skip
     else:
+        if dashboard:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(
-            include_dashboard=False,
+            include_dashboard=dashboard,
             runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
             **common,
         )
+        if dashboard:  # for those who ask it, when there is another Ray on this machine
+            os.environ["RAY_ADDRESS"] = str(ray.get_runtime_context().gcs_address)
     resources = ray.cluster_resources()
     return Cluster(
         embedded=not address,
@@ -211,6 +218,10 @@ def connect(root: Path) -> Cluster:
         nodes=sum(node["Alive"] for node in ray.nodes()),
         address=str(ray.get_runtime_context().gcs_address),
     )
+
+
+def disconnect() -> None:
+    ray.shutdown()
 
 
 def room_for(cpus_per_worker: float, gpus_per_worker: float) -> int:

@@ -126,15 +126,17 @@ def run_tracked(
         report = report_of(resolved, derived, outcome, books.run, store, result)
         report |= {"interruptions": interruptions.counts(), "last_interruption": interruptions.last}
         used = books.usage.close()
-        rows = _summary(report, interruptions.describe(), used, began)
         complete = complete or outcome in (FINISHED, DIVERGED)
+        rows = _summary(report, interruptions.describe(), used, began)
+        if not complete:
+            rows.append(("go on", "run the same command again: it continues this run"))
         trouble = books.finish(status, outcome, rows, done=complete)
         if trouble:
             progress.say(trouble)
     report |= {"run_id": books.run.run_id, "usage": used}
     print_table(resolved.name, [*rows, _run_row(report, books.run)], out)
     if books.run.run_id is not None:
-        print(_where_to_look(report, work.runs, books.run), file=out)
+        print(where_to_look(report, work.runs, books.run), file=out)
     return Outcome(code, report)
 
 
@@ -162,6 +164,7 @@ def report_of(
         "step": result.get("step", steps[-1] if steps else 0),
         "metrics": result.get("metrics", {}),
         "img_per_s": result.get("img_per_s"),
+        "train_s": result.get("seconds"),
         "damaged_images": result.get("damaged_images"),
         "rolled_back": result.get("rolled_back"),
         "peak_memory_gib": round(result.get("peak_memory_bytes", 0) / 2**30, 3) or None,
@@ -197,8 +200,6 @@ def _summary(
     for name in ("checkpoint", "best_checkpoint"):
         if report[name]:
             rows.append((name.replace("_", " "), str(report[name])))
-    if report["status"] != FINISHED:
-        rows.append(("go on", "run the same command again: it continues this run"))
     return rows
 
 
@@ -208,7 +209,7 @@ def _run_row(report: dict[str, Any], run: TrackedRun) -> tuple[str, str]:
     return "run", f"{run.run_id} in {report['tracking_uri']}"
 
 
-def _where_to_look(report: dict[str, Any], runs: Runs, run: TrackedRun) -> str:
+def where_to_look(report: dict[str, Any], runs: Runs, run: TrackedRun) -> str:
     """Whole lines, to be copied."""
     page = f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?{IN_TRAINING_MODE}"
     if not runs.uri.startswith("sqlite"):

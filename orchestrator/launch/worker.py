@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -96,7 +97,7 @@ def train(
     Divergence is a result too, {"diverged": the exception}: all ranks agree on it and no restart
     would cure it.
     """
-    resolved = assignment.resolved
+    resolved, began = assignment.resolved, time.monotonic()
     if runtime.rank == 0:
         store.store.clean()
     train_set, val_set = resolved.datasets()
@@ -124,4 +125,4 @@ def train(
                 close()
         store.wait()
     store.close()
-    return asdict(result)
+    return asdict(result) | {"seconds": time.monotonic() - began}

@@ -140,6 +140,10 @@ class Budget:
         self._costs: dict[NetworkSpec, tuple[float, float]] = {}
         self._traces: dict[tuple[NetworkSpec, bool, bool], float] = {}
 
+    def network(self, job: TrainJob) -> NetworkSpec:
+        """Raises ConfigError: there is no such network."""
+        return resolve(job.model, self.num_classes)
+
     def closed_forms(self, spec: NetworkSpec) -> tuple[float, float]:
         """Million parameters, and 1e9 multiply-accumulates of one image."""
         if spec not in self._costs:
@@ -158,21 +162,26 @@ class Budget:
             self._traces[key] = traced.total(recompute=recompute) / GIB
         return self._traces[key]
 
-    def rejections(self, job: TrainJob) -> tuple[Rejection, ...]:
-        """Limits that the job's network breaks; the dear ones only where the cheap ones hold."""
-        limits = self.limits
+    def breaks_closed_forms(self, job: TrainJob) -> tuple[Rejection, ...]:
+        """Limits that arithmetic decides."""
         try:
-            spec = resolve(job.model, self.num_classes)
-            params_m, gmacs = self.closed_forms(spec)
+            params_m, gmacs = self.closed_forms(self.network(job))
         except ConfigError as error:
             limit = f"{error.where}: {error.expected}"
             return (Rejection(NO_NETWORK, limit, error.got, float("inf")),)
-        least, most = limits.gmacs.ends()
-        found = [
-            *_outside("model/params_m", params_m, None, limits.max_params_m),
+        least, most = self.limits.gmacs.ends()
+        return (
+            *_outside("model/params_m", params_m, None, self.limits.max_params_m),
             *_outside("model/gmacs", gmacs, least, most),
-        ]
-        if not found and limits.max_activation_gib is not None:
+        )
+
+    def rejections(self, job: TrainJob) -> tuple[Rejection, ...]:
+        """Limits that the job's network breaks; the dear ones only where the cheap ones hold."""
+        found = [*self.breaks_closed_forms(job)]
+        if found:
+            return tuple(found)
+        limits, spec = self.limits, self.network(job)
+        if limits.max_activation_gib is not None:
             gib = self.activation_gib(job, spec)
             found += _outside("model/activation_gib", gib, None, limits.max_activation_gib)
         if not found and limits.max_latency_ms is not None and self.latency is not None:
@@ -225,6 +234,13 @@ class Sieve:
         if self.closest is None or _excess(rejections) < _excess(self.closest[1]):
             self.closest = sample, rejections
         return False
+
+    def gmacs(self, sample: Sample) -> float | None:
+        """None where there is no such network, or too large or small a one."""
+        job = apply(self.base, sample)
+        if self.budget.breaks_closed_forms(job):
+            return None
+        return self.budget.closed_forms(self.budget.network(job))[1]
 
     def hopeless(self) -> bool:
         """Too few samples are feasible to go on drawing."""

@@ -23,8 +23,8 @@ Sample = dict[str, Any]
 
 # How something runs, where it is kept, or what it is measured on: never a knob.
 APART = (
-    "run", "tracking", "launch", "checkpoint", "data.root", "data.train", "data.val",
-    "data.classes", "data.cache", "data.check", "data.loader_workers", "train.log_every_steps",
+    "run", "tracking", "launch", "checkpoint", "data.root", "data.shapes", "data.train",
+    "data.val", "data.classes", "data.cache", "data.check", "data.loader_workers", "train.log_every_steps",
 )  # fmt: skip
 SEED = "train.seed"
 
@@ -115,6 +115,17 @@ class Space:
                 found[dimension.path] = _suggested(dimension, trial)
         return found
 
+    def holds(self, sample: Sample) -> bool:
+        """Whether it is one of this space's samples."""
+        try:
+            return self.check(sample, "") == sample
+        except ConfigError:
+            return False
+
+    def as_suggested(self, sample: Sample) -> dict[str, Any]:
+        """Its knobs as `suggest` asks for them."""
+        return {path: _plain(value) for path, value in sample.items()}
+
     def check(self, point: Mapping[str, Any], where: str) -> Sample:
         """A known point as a sample; knobs with a single value may be left out.
 
@@ -167,10 +178,14 @@ class Suggester(Protocol):
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1) -> int: ...
 
 
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
 def _suggested(dimension: Dimension, trial: Suggester) -> Any:
     path, domain = dimension.path, dimension.domain
     if isinstance(domain, Choice):
-        names = [json.dumps(v) if isinstance(v, list | dict) else v for v in domain.choices]
+        names = [_plain(v) for v in domain.choices]
         return domain.choices[names.index(trial.suggest_categorical(path, names))]
     if isinstance(domain, Uniform):
         drawn = trial.suggest_float(path, domain.low, domain.high, log=domain.log)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,7 @@ def winner_yaml(base: TrainJob, won: Winner, objective: Objective, sweep: str) -
         f"# {record.num_params:,} parameters, {record.gmacs:.4g} GMACs an image.",
         *(f"# {note}" for note in won.notes),
     ]
+    base = replace(base, run=replace(base.run, name=f"{sweep}-winner"))
     body = yaml.safe_dump(train_mapping(base, record), sort_keys=False, allow_unicode=True)
     return "\n".join(" ".join(line.splitlines()) for line in lines) + "\n" + body
 

@@ -189,6 +189,18 @@ class CheckpointStore:
         scored = [kept for kept in self._found() if kept.value is not None]
         return max(scored, key=lambda kept: (kept.value, kept.step)).step if scored else None
 
+    def reduce(self, *, latest: int, best: int) -> list[int] | None:
+        """Keep so many of a run that has ended; the steps left, None where nothing was taken away."""
+        found = self._found()
+        scored = [kept for kept in found if kept.value is not None]
+        ranked = sorted(scored, key=lambda kept: (kept.value, kept.step), reverse=True)
+        newest = sorted(found, key=lambda kept: kept.step, reverse=True)
+        keep = {kept.step for kept in [*newest[:latest], *ranked[:best]]}
+        gone = [kept.step for kept in found if kept.step not in keep]
+        for step in gone:
+            self._remove(step)
+        return sorted(keep) if gone else None
+
     def _clean_drafts(self, local: Path) -> None:
         for left in local.glob(".writing-*"):
             shutil.rmtree(left, ignore_errors=True)

@@ -218,7 +218,8 @@ def test_winner_yaml_trains_the_trials_job(sweep: Sweep, base: TrainJob) -> None
     won = winner(sweep[0], AP)
     assert won is not None
     text = winner_yaml(base, won, AP, "fusion")
-    assert decode(TrainJob, yaml.safe_load(text)) == decode(TrainJob, train_mapping(base, won.record))  # fmt: skip
+    named = replace(base, run=replace(base.run, name="fusion-winner"))
+    assert decode(TrainJob, yaml.safe_load(text)) == decode(TrainJob, train_mapping(named, won.record))  # fmt: skip
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert head[0] == f"# The winner of the sweep fusion: trial {won.record.trial_id}, seed 0, with"
     assert head[1] == f"# val/AP {won.value:.4f} at step 5400 (epoch 54)."

@@ -1,0 +1,373 @@
+"""A trial: a whole training job, run in a thread that hands each evaluation to Ray Tune.
+
+With one worker it trains in the trial's own process, with several in the workers of a TorchTrainer.
+Either way it ends by itself when it is stopped: it saves, sends its records and leaves, so nothing
+has to be killed and nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray import tune
+
+from model.training.runtime import ProcessGroupRuntime, local_device, set_threads
+from model.training.state import read_metrics
+from orchestrator.config.schema import TrainJob
+from orchestrator.errors import GaveUpError, UserError
+from orchestrator.launch import local, preflight
+from orchestrator.launch.interruptions import Interruptions
+from orchestrator.launch.launchers import Launcher, run_on_ray
+from orchestrator.launch.places import checkpoints_uri, open_runs
+from orchestrator.launch.preflight import Hardware
+from orchestrator.launch.progress import Progress
+from orchestrator.launch.recorder import Recorder
+from orchestrator.launch.resolve import Derived, ResolvedJob, derive, with_job
+from orchestrator.launch.tracked import Work, run_tracked
+from orchestrator.launch.worker import Assignment
+from orchestrator.records.run import DIVERGED, FINISHED, TrackedRun
+from orchestrator.search.sample import apply
+from orchestrator.search.space import Sample
+from orchestrator.search.trial import Unit
+from orchestrator.storage.background import BackgroundStore
+from orchestrator.storage.checkpoints import CheckpointStore
+from orchestrator.storage.filesystems import open_place, reason
+
+PARENT, SWEEP_TAG, TRIAL_TAG, FROM_TAG = (
+    "mlflow.parentRunId", "effdet.sweep", "effdet.trial", "effdet.exploited_from",
+)  # fmt: skip
+POINTER = "checkpoints.json"
+END_TIMEOUT_S = 300.0
+ASK_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What every trial of a sweep is told. Picklable.
+
+    resolved: the base job on its data. unit, longest: where a trial ends (None: with its schedule).
+    stopper: what stops trials early, for the record. parent_id: the sweep's MLflow run, if known.
+    board: actor that says whether the whole sweep is being interrupted.
+    """
+
+    sweep: str
+    resolved: ResolvedJob
+    num_train: int
+    num_val: int
+    facts: Mapping[str, Any]
+    hardware: Hardware
+    unit: Unit
+    longest: float | None
+    stopper: str
+    parent_id: str | None
+    board: Any
+    logs: Path
+    storage: str
+
+
+def trial_job(base: TrainJob, sweep: str, trial: str, sample: Sample, seed: int) -> TrainJob:
+    """What a trial trains: the base job with its sample, its seed and its name."""
+    job = apply(base, {**sample, "train.seed": seed})
+    return replace(job, run=replace(job.run, name=f"{sweep}-{trial}"))
+
+
+class Board:
+    """Actor of a sweep, asked by trials that were told to stop."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+
+    def is_interrupted(self) -> bool:
+        return self.interrupted
+
+
+class Trial(tune.Trainable):
+    """What Ray Tune runs; its process is used for one trial after another."""
+
+    def setup(self, config: dict[str, Any], errand: Errand | None = None) -> None:
+        assert errand is not None
+        self.errand = errand
+        self.training: Training | None = None
+        self.donor: str | None = None
+
+    def step(self) -> dict[str, Any]:
+        """To the next evaluation, or the end."""
+        if self.training is None:
+            self.training = Training(self.errand, self.config, self.donor)
+        return self.training.next()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self.config = new_config
+        return True
+
+    def cleanup(self) -> None:
+        if self.training is not None:
+            self.training.end()
+        self.training, self.donor = None, None
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """For PBT: where the weights are, not the weights."""
+        assert self.training is not None
+        pointer = {"uri": self.training.checkpoints_uri, "trial": self.training.trial}
+        Path(checkpoint_dir, POINTER).write_text(json.dumps(pointer))
+
+    def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
+        pointer = json.loads(Path(str(checkpoint), POINTER).read_text())
+        # Its own: a trial finds its newest checkpoint by itself.
+        self.donor = pointer["uri"] if pointer["trial"] != self.config["trial"] else None
+
+
+class Training:
+    """One training in a thread. donor: checkpoints of a better trial to go on from (PBT)."""
+
+    def __init__(self, errand: Errand, config: Mapping[str, Any], donor: str | None) -> None:
+        self.errand, self.donor = errand, donor
+        self.trial, self.sample = str(config["trial"]), dict(config["sample"])
+        self.seed = int(config["seed"])
+        self.process = uuid.uuid4().hex[:8]
+        self.began = time.monotonic()
+        self.stop, self.answered = threading.Event(), threading.Event()
+        self.interrupted = self.reached_end = False
+        self.checkpoints_uri = ""
+        self.found: dict[str, Any] = {}
+        self.run: TrackedRun | None = None
+        self.results: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
+        self.thread = threading.Thread(target=self._run, name=f"trial-{self.trial}", daemon=True)
+        self.thread.start()
+
+    def next(self) -> dict[str, Any]:
+        """The next evaluation; whoever waits for an answer to the last goes on."""
+        self.answered.set()
+        found = self.results.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def end(self) -> None:
+        """Ask for the end and wait for it."""
+        if not self.thread.is_alive():
+            return
+        with suppress(Exception):  # the driver is gone; then nobody records how it ended
+            self.interrupted = ray.get(
+                self.errand.board.is_interrupted.remote(), timeout=ASK_TIMEOUT_S
+            )
+        self.stop.set()
+        self.answered.set()
+        self.thread.join(END_TIMEOUT_S)
+
+    def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Called where it is trained. The last one goes with the end."""
+        self.found = {
+            "step": step, "epoch": epoch, "process": self.process,
+            "seconds": time.monotonic() - self.began, "sample": json.dumps(self.sample),
+            "run_id": self.run.run_id if self.run else None,
+            "run_key": self.run.run_key if self.run else "",
+            "checkpoints_uri": self.checkpoints_uri,
+            **{k: v for k, v in metrics.items() if k.startswith(("val/", "val_class/", "model/"))},
+        }  # fmt: skip
+        if metrics.get("perf/img_per_s"):
+            self.found["img_per_s"] = metrics["perf/img_per_s"]
+        reached = epoch if self.errand.unit == "epoch" else step
+        if self.errand.longest is not None and reached >= self.errand.longest:
+            self.reached_end = True
+            self.stop.set()
+            return
+        self.answered.clear()
+        self.results.put(dict(self.found))
+
+    def ended_early(self) -> str | None:
+        if self.interrupted:
+            return None
+        if self.reached_end:
+            return FINISHED
+        return f"stopped early by {self.errand.stopper}"
+
+    def _run(self) -> None:
+        self.errand.logs.mkdir(parents=True, exist_ok=True)
+        with (self.errand.logs / f"{self.trial}.log").open("a", buffering=1) as log:
+            try:
+                status = self._train(log)
+            except UserError as error:
+                self._finish("failed", str(error))
+            except GaveUpError as error:
+                self._finish("failed", f"{error}: {reason(error.cause)}")
+            except BaseException as error:  # handed to Tune, which counts it and tries again
+                traceback.print_exc(file=log)
+                self.results.put(error)
+            else:
+                # Whoever reached the end of the schedule has reached the end.
+                if status == FINISHED:
+                    self._finish("finished")
+                elif not self.stop.is_set() or status.startswith(DIVERGED):
+                    self._finish("failed", status)
+
+    def _finish(self, how: str, why: str = "") -> None:
+        self.found.setdefault("sample", json.dumps(self.sample))
+        seconds = time.monotonic() - self.began
+        self.results.put(
+            {**self.found, "seconds": seconds, "state": how, "reason": why, "done": True}
+        )
+
+    def _train(self, log: TextIO) -> str:
+        """How it ended: FINISHED, or why not."""
+        errand = self.errand
+        job = trial_job(errand.resolved.job, errand.sweep, self.trial, self.sample, self.seed)
+        resolved = with_job(errand.resolved, job)
+        derived = derive(resolved, errand.num_train, errand.num_val)
+        resolved, _ = preflight.check_memory(resolved, derived, errand.hardware, job.launch.workers)
+        resolved = preflight.with_loader_workers(resolved, errand.hardware)
+        runs = open_runs(job, resolved.output, log)
+        resume = "never" if self.donor else "auto"
+        run = runs.open(name=resolved.name, key=resolved.key(), resume=resume)
+        run = replace(run, checkpoints_uri=checkpoints_uri(resolved, run))
+        self.run, self.checkpoints_uri = run, run.checkpoints_uri
+        tags = {SWEEP_TAG: errand.sweep, TRIAL_TAG: self.trial}
+        if errand.parent_id:
+            tags[PARENT] = errand.parent_id
+        if self.donor:
+            tags[FROM_TAG] = self.donor
+            self._exploit(resolved, run, log)
+        launcher = (
+            _Nested(self) if job.launch.workers > 1 or job.launch.max_workers else _Here(self)
+        )
+        work = Work(
+            resolved, derived, errand.hardware, launcher, runs, dict(errand.facts),
+            self._anchor_ious(resolved), tags,
+        )  # fmt: skip
+        progress = Watched.of(derived.schedule, job.checkpoint.metric, log)
+        progress.watch(self, derived)
+        outcome = run_tracked(
+            work, run, progress, began=self.began, out=log, err=log, ended_early=self.ended_early
+        )
+        self.found["fit_s"] = outcome.report["train_s"]
+        status = str(outcome.report["status"])
+        if status == DIVERGED:
+            status = f"{DIVERGED} at step {outcome.report['step']}: the loss was not finite"
+        return status
+
+    def _exploit(self, resolved: ResolvedJob, run: TrackedRun, log: TextIO) -> None:
+        """The donor's newest checkpoint becomes this run's first."""
+        config = resolved.job.checkpoint
+
+        def say(text: str) -> None:
+            print(text, file=log)
+
+        own = CheckpointStore(open_place(run.checkpoints_uri, "checkpoint.uri"), config, say=say)
+        assert self.donor is not None
+        theirs = CheckpointStore(open_place(self.donor, "checkpoint.uri"), config, say=say)
+        step = theirs.newest_valid()
+        if step is None:
+            return
+        with theirs.open(step) as folder:
+            own.save(step, read_metrics(folder), lambda to: _copy(folder, to))
+
+    def _anchor_ious(self, resolved: ResolvedJob) -> NDArray[np.float32]:
+        if not resolved.job.tracking.figures:
+            return np.zeros(0, dtype=np.float32)
+        index = resolved.train.index(resolved.job.data.classes)
+        return preflight.anchor_ious(resolved, index)
+
+
+class Watched(Progress):
+    """The progress line, which also passes evaluations on."""
+
+    training: Training
+    derived: Derived
+
+    def watch(self, training: Training, derived: Derived) -> None:
+        self.training, self.derived = training, derived
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().log(step, metrics)
+        if any(key.startswith("val/") for key in metrics):
+            model = {
+                "model/params_m": self.derived.cost.params / 1e6,
+                "model/gmacs": self.derived.cost.gmacs,
+            }
+            speed = {"perf/img_per_s": self.latest.get("perf/img_per_s", 0.0)}
+            epoch = step / self.steps_per_epoch
+            self.training.evaluated(step, epoch, {**metrics, **model, **speed})
+
+
+class TrialRuntime(ProcessGroupRuntime):
+    """One worker, in the trial's own process. After an evaluation it waits to hear if it goes on."""
+
+    training: Training
+
+    def stop_code(self) -> int:
+        self.training.answered.wait()
+        return int(self.training.stop.is_set())
+
+    def stop_reason(self, code: int) -> str | None:
+        return "stopped" if code else None
+
+
+class _Here(Launcher):
+    """Trains in this process, with what Tune reserved for it."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    def run(
+        self,
+        assignment: Assignment,
+        hardware: Hardware,
+        progress: Progress,
+        interruptions: Interruptions,
+    ) -> dict[str, Any]:
+        interruptions.at_work(1)
+
+        def runtime(store: BackgroundStore, sink: Recorder) -> ProcessGroupRuntime:
+            set_threads(1, assignment.resolved.job.launch.threads_per_worker)
+            found = TrialRuntime(
+                rank=0, world_size=1, store=store, sink=sink,
+                device=local_device(0) if hardware.gpus_per_worker else torch.device("cpu"),
+                save_every_s=assignment.save_every_s,
+            )  # fmt: skip
+            found.training = self.training
+            return found
+
+        return local.lead(assignment, progress, runtime)
+
+
+class _Nested(Launcher):
+    """A TorchTrainer of its own."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    def run(
+        self,
+        assignment: Assignment,
+        hardware: Hardware,
+        progress: Progress,
+        interruptions: Interruptions,
+    ) -> dict[str, Any]:
+        training = self.training
+        storage = training.errand.storage
+        return run_on_ray(
+            assignment, hardware, progress, interruptions, training.stop, storage
+        )  # fmt: skip
+
+
+def _copy(folder: Path, to: Path) -> None:
+    shutil.copytree(folder, to, dirs_exist_ok=True)
