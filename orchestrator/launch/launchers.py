@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.config.schema import TrainJob
+from orchestrator.config.schema import LaunchConfig, TrainJob
 from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.launch import local, preflight
 from orchestrator.launch.interruptions import Interruptions
@@ -113,31 +113,29 @@ class RayLauncher(Launcher):
         progress: Progress,
         interruptions: Interruptions,
     ) -> dict[str, Any]:
-        stop = threading.Event()
-        with _sigterm_sets(stop, progress):
-            storage = ray_storage(assignment, self.cluster)
-            return run_on_ray(assignment, hardware, progress, interruptions, stop, storage)
+        from orchestrator.launch import supervisor
+        from orchestrator.launch.mailbox import mailbox
+
+        stop, launch = threading.Event(), assignment.resolved.job.launch
+        room = elastic_room(launch, hardware)
+        with (
+            _sigterm_sets(stop, progress),
+            mailbox(progress, interruptions, stop, room) as board,
+        ):
+            return supervisor.run_trainer(
+                {"assignment": assignment, "board": board},
+                launch,
+                gpus_per_worker=hardware.gpus_per_worker,
+                cpus_per_worker=hardware.cpus_per_worker,
+                name=assignment.run.run_key,
+                storage_path=_ray_storage(assignment, self.cluster),
+                interruptions=interruptions,
+            )
 
 
-def run_on_ray(
-    assignment: Assignment,
-    hardware: preflight.Hardware,
-    progress: Progress,
-    interruptions: Interruptions,
-    stop: threading.Event,
-    storage: str,
-) -> dict[str, Any]:
-    """A TorchTrainer to its end. stop: asks it to save and stop. storage: of Ray Train's own notes.
-
-    Raises:
-        UserError: as raised in a worker.
-        GaveUpError: more failures than `launch.max_failures`.
-    """
-    from orchestrator.launch import supervisor
-    from orchestrator.launch.mailbox import mailbox
+def elastic_room(launch: LaunchConfig, hardware: preflight.Hardware) -> Callable[[], int]:
+    """For how many workers of an elastic group there is room; none where it is not elastic."""
     from orchestrator.launch.ray_runtime import room_for
-
-    launch = assignment.resolved.job.launch
 
     def room() -> int:
         if launch.max_workers is None:
@@ -145,16 +143,7 @@ def run_on_ray(
         fits = room_for(hardware.cpus_per_worker, hardware.gpus_per_worker)
         return min(fits, launch.max_workers)
 
-    with mailbox(progress, interruptions, stop, room) as board:
-        return supervisor.run_trainer(
-            {"assignment": assignment, "board": board},
-            launch,
-            gpus_per_worker=hardware.gpus_per_worker,
-            cpus_per_worker=hardware.cpus_per_worker,
-            name=assignment.run.run_key,
-            storage_path=storage,
-            interruptions=interruptions,
-        )
+    return room
 
 
 @contextmanager
@@ -174,7 +163,7 @@ def _sigterm_sets(stop: threading.Event, progress: Progress) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def ray_storage(assignment: Assignment, cluster: Cluster) -> str:
+def _ray_storage(assignment: Assignment, cluster: Cluster) -> str:
     """Ray Train's own notes on a run; checkpoints are not among them.
 
     Raises:

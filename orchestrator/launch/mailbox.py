@@ -144,6 +144,10 @@ class _Mailbox:
     def requests(self) -> tuple[bool, bool]:
         return self.stop, self.hurry
 
+    def forget(self) -> None:
+        """Before another training in the same workers."""
+        self.stop, self.refused = False, None
+
     def refuse(self, error: UserError) -> None:
         self.refused = self.refused or error
 

@@ -42,8 +42,9 @@ def run_trainer(
     name: str,
     storage_path: str,
     interruptions: Interruptions,
+    loop: Callable[[dict[str, Any]], dict[str, Any]] = train_loop,
 ) -> dict[str, Any]:
-    """Rank 0's result.
+    """Rank 0's result. loop: what every worker runs, given config.
 
     Raises:
         UserError: as raised in a worker.
@@ -58,7 +59,7 @@ def run_trainer(
     while True:
         trainer = _trainer(
             config, launch, most=most, gpus=gpus_per_worker, cpus=cpus_per_worker,
-            name=name, storage_path=storage_path, failed=interruptions.here,
+            name=name, storage_path=storage_path, failed=interruptions.here, loop=loop,
         )  # fmt: skip
         try:
             result: Result = trainer.fit()
@@ -103,10 +104,11 @@ def _trainer(
     name: str,
     storage_path: str,
     failed: int,
+    loop: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> TorchTrainer:
     """most: workers of an elastic group, None for a fixed one. failed: failures so far."""
     return TorchTrainer(
-        cast("Callable[[dict[Any, Any]], None]", train_loop),
+        cast("Callable[[dict[Any, Any]], None]", loop),
         train_loop_config=config,
         torch_config=TorchConfig(timeout_s=launch.collective_timeout_s),
         scaling_config=ScalingConfig(

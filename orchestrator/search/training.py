@@ -32,7 +32,7 @@ from orchestrator.config.schema import TrainJob
 from orchestrator.errors import GaveUpError, UserError
 from orchestrator.launch import local, preflight
 from orchestrator.launch.interruptions import Interruptions
-from orchestrator.launch.launchers import Launcher, run_on_ray
+from orchestrator.launch.launchers import Launcher
 from orchestrator.launch.places import checkpoints_uri, open_runs
 from orchestrator.launch.preflight import Hardware
 from orchestrator.launch.progress import Progress
@@ -41,6 +41,7 @@ from orchestrator.launch.resolve import Derived, ResolvedJob, derive, with_job
 from orchestrator.launch.tracked import Work, run_tracked
 from orchestrator.launch.worker import Assignment
 from orchestrator.records.run import DIVERGED, FINISHED, TrackedRun
+from orchestrator.search.group import Group
 from orchestrator.search.sample import apply
 from orchestrator.search.space import Sample
 from orchestrator.search.trial import Unit
@@ -107,22 +108,39 @@ class Trial(tune.Trainable):
         self.errand = errand
         self.training: Training | None = None
         self.donor: str | None = None
+        self.group: Group | None = None
 
     def step(self) -> dict[str, Any]:
         """To the next evaluation, or the end."""
         if self.training is None:
-            self.training = Training(self.errand, self.config, self.donor)
+            launch = self.errand.resolved.job.launch
+            several = launch.workers > 1 or launch.max_workers is not None
+            if several and (self.group is None or self.group.broken):
+                self.group = self._new_group()
+            self.training = Training(self.errand, self.config, self.donor, self.group)
         return self.training.next()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cleanup()
+        """The next trial; the group of workers stays."""
+        self._end()
         self.config = new_config
         return True
 
     def cleanup(self) -> None:
+        self._end()
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+
+    def _end(self) -> None:
         if self.training is not None:
             self.training.end()
         self.training, self.donor = None, None
+
+    def _new_group(self) -> Group:
+        launch, storage = self.errand.resolved.job.launch, self.errand.storage
+        name = f"{self.errand.sweep}-{uuid.uuid4().hex[:8]}"
+        return Group(launch, self.errand.hardware, name, storage)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """For PBT: where the weights are, not the weights."""
@@ -137,10 +155,15 @@ class Trial(tune.Trainable):
 
 
 class Training:
-    """One training in a thread. donor: checkpoints of a better trial to go on from (PBT)."""
+    """One training in a thread. donor: checkpoints of a better trial to go on from (PBT).
 
-    def __init__(self, errand: Errand, config: Mapping[str, Any], donor: str | None) -> None:
-        self.errand, self.donor = errand, donor
+    group: workers that train it, None: this process does.
+    """
+
+    def __init__(
+        self, errand: Errand, config: Mapping[str, Any], donor: str | None, group: Group | None
+    ) -> None:
+        self.errand, self.donor, self.group = errand, donor, group
         self.trial, self.sample = str(config["trial"]), dict(config["sample"])
         self.seed = int(config["seed"])
         self.process = uuid.uuid4().hex[:8]
@@ -246,9 +269,7 @@ class Training:
         if self.donor:
             tags[FROM_TAG] = self.donor
             self._exploit(resolved, run, log)
-        launcher = (
-            _Nested(self) if job.launch.workers > 1 or job.launch.max_workers else _Here(self)
-        )
+        launcher = _Here(self) if self.group is None else _There(self, self.group)
         work = Work(
             resolved, derived, errand.hardware, launcher, runs, dict(errand.facts),
             self._anchor_ious(resolved), tags,
@@ -349,11 +370,11 @@ class _Here(Launcher):
         return local.lead(assignment, progress, runtime)
 
 
-class _Nested(Launcher):
-    """A TorchTrainer of its own."""
+class _There(Launcher):
+    """Trains in a group of workers."""
 
-    def __init__(self, training: Training) -> None:
-        self.training = training
+    def __init__(self, training: Training, group: Group) -> None:
+        self.training, self.group = training, group
 
     def run(
         self,
@@ -362,11 +383,7 @@ class _Nested(Launcher):
         progress: Progress,
         interruptions: Interruptions,
     ) -> dict[str, Any]:
-        training = self.training
-        storage = training.errand.storage
-        return run_on_ray(
-            assignment, hardware, progress, interruptions, training.stop, storage
-        )  # fmt: skip
+        return self.group.train(assignment, progress, interruptions, self.training.stop)
 
 
 def _copy(folder: Path, to: Path) -> None:

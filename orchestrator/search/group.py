@@ -1,0 +1,208 @@
+"""Workers of a TorchTrainer that train one trial after another.
+
+To start the processes of a group takes longer than many a trial; so a trial that ends leaves its
+group to the next one, as its own process. A group that breaks is started anew by Ray Train and goes
+on with the trial it had, from that trial's newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+
+from orchestrator.config.schema import LaunchConfig
+from orchestrator.errors import GaveUpError
+from orchestrator.launch import supervisor
+from orchestrator.launch.interruptions import Interruptions
+from orchestrator.launch.launchers import elastic_room
+from orchestrator.launch.mailbox import mailbox
+from orchestrator.launch.preflight import Hardware
+from orchestrator.launch.progress import Progress
+from orchestrator.launch.ray_runtime import train_loop
+from orchestrator.launch.worker import Assignment
+
+POLL_S = 1.0
+CLOSE_TIMEOUT_S = 60.0
+ANY_NUMBER = 1_000_000  # of failures of a group; each trial's own are counted
+
+
+class Desk:
+    """Async actor: hands out trials to the ranks of a group, one after another.
+
+    A trial whose group broke more than max_failures times is given up.
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        self.max_failures = max_failures
+        self.orders: list[Assignment | None] = []
+        self.results: dict[int, dict[str, Any]] = {}
+        self.attempts: dict[int, int] = {}
+        self.changed = asyncio.Condition()
+
+    async def submit(self, assignment: Assignment | None) -> int:
+        """The number of an order; None: there will be no more."""
+        async with self.changed:
+            self.orders.append(assignment)
+            self.changed.notify_all()
+        return len(self.orders) - 1
+
+    async def begin(self) -> int:
+        """A group starts, or starts again: the order it begins with."""
+        number = len(self.results)
+        if number == len(self.orders):
+            return number
+        self.attempts[number] = self.attempts.get(number, 0) + 1
+        if self.attempts[number] > self.max_failures + 1:
+            await self.done(number, {"gave_up": self.max_failures + 1})
+            return await self.begin()
+        return number
+
+    async def order(self, number: int) -> Assignment | None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: len(self.orders) > number)
+        return self.orders[number]
+
+    async def done(self, number: int, result: dict[str, Any]) -> None:
+        async with self.changed:
+            self.results[number] = result
+            self.orders[number] = None  # it may be large
+            self.changed.notify_all()
+
+    async def result(self, number: int) -> dict[str, Any]:
+        async with self.changed:
+            await self.changed.wait_for(lambda: number in self.results)
+        return self.results[number]
+
+
+def group_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """`train_loop_per_worker` of a group: every rank takes the same trials in the same order."""
+    desk, board = config["desk"], config["board"]
+    first = ray.get(desk.begin.remote()) if ray.train.get_context().get_world_rank() == 0 else None
+    number: int = broadcast_from_rank_zero(first)
+    while (assignment := ray.get(desk.order.remote(number))) is not None:
+        result = train_loop({"assignment": assignment, "board": board})
+        if ray.train.get_context().get_world_rank() == 0:
+            ray.get(desk.done.remote(number, result))
+        number += 1
+    return {}
+
+
+class Group:
+    """Starts with its first trial; `close` ends it."""
+
+    def __init__(self, launch: LaunchConfig, hardware: Hardware, name: str, storage: str) -> None:
+        self.launch, self.hardware, self.name, self.storage = launch, hardware, name, storage
+        self.stop = threading.Event()
+        self.relay = _Relay()
+        self.error: BaseException | None = None
+        self.board: Any = None
+        self._ready = threading.Event()
+        self.desk: Any = ray.remote(num_cpus=0)(Desk).remote(launch.max_failures)
+        self._thread = threading.Thread(target=self._run, name="group", daemon=True)
+        self._thread.start()
+
+    @property
+    def broken(self) -> bool:
+        return not self._thread.is_alive()
+
+    def train(
+        self,
+        assignment: Assignment,
+        progress: Progress,
+        interruptions: Interruptions,
+        stop: threading.Event,
+    ) -> dict[str, Any]:
+        """Rank 0's result. stop: asks for a checkpoint and the end.
+
+        Raises:
+            UserError: as raised in a worker.
+            GaveUpError: the group broke too often.
+        """
+        self._ready.wait()
+        self.stop.clear()
+        if self.board is not None:
+            ray.get(self.board.forget.remote())
+        self.relay.progress, self.relay.trial = progress, interruptions
+        number = ray.get(self.desk.submit.remote(assignment))
+        pending = self.desk.result.remote(number)
+        while not ray.wait([pending], timeout=POLL_S if not stop.is_set() else 0.1)[0]:
+            if stop.is_set():
+                self.stop.set()
+            if self.broken:
+                raise self.error or GaveUpError(0, RuntimeError("the group of workers ended"))
+        found: dict[str, Any] = ray.get(pending)
+        if "refused" in found:
+            raise found["refused"]
+        if "gave_up" in found:
+            raise GaveUpError(found["gave_up"], RuntimeError(interruptions.last or "unknown"))
+        return found
+
+    def close(self) -> None:
+        if not self.broken:
+            ray.get(self.desk.submit.remote(None))
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _run(self) -> None:
+        try:
+            room = elastic_room(self.launch, self.hardware)
+            with mailbox(self.relay, self.relay, self.stop, room) as self.board:
+                self._ready.set()
+                supervisor.run_trainer(
+                    {"desk": self.desk, "board": self.board},
+                    replace(self.launch, max_failures=ANY_NUMBER),
+                    gpus_per_worker=self.hardware.gpus_per_worker,
+                    cpus_per_worker=self.hardware.cpus_per_worker,
+                    name=self.name,
+                    storage_path=self.storage,
+                    interruptions=self.relay,
+                    loop=group_loop,
+                )
+        except BaseException as error:  # told by whoever waits for a result
+            self.error = error
+        finally:
+            self._ready.set()
+
+
+class _Relay(Interruptions):
+    """What happens in a group, passed on to the trial it has now."""
+
+    def __init__(self) -> None:
+        super().__init__(say=self._say)
+        self.progress: Progress | None = None
+        self.trial: Interruptions | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.progress is not None:
+            self.progress.log(step, metrics)
+
+    def started(self, workers: int) -> None:
+        self.workers = workers
+        if self.trial is not None:
+            self.trial.started(workers)
+
+    def noticed(self) -> None:
+        if self.trial is not None:
+            self.trial.noticed()
+
+    def blamed(self, why: str) -> None:
+        if self.trial is not None:
+            self.trial.blamed(why)
+
+    def failed(self, why: str, *, preempted: bool) -> None:
+        if self.trial is not None:
+            self.trial.failed(why, preempted=preempted)
+
+    def waiting(self) -> None:
+        if self.trial is not None:
+            self.trial.waiting()
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
