@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.config.cli import DoctorOptions, DoctorRequest
+from orchestrator.config.cli import DoctorOptions, DoctorRequest, parse_doctor
 from orchestrator.launch.progress import print_table
 from orchestrator.records.replay import Replayed, replay
+
+if TYPE_CHECKING:  # it brings Ray, which takes seconds
+    from orchestrator.launch.cluster_doctor import ClusterRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = "--cluster"
 
 
 @dataclass(frozen=True)
@@ -19,8 +27,32 @@ class DoctorOutcome:
     report: dict[str, Any]
 
 
-def run_doctor_job(request: DoctorRequest, options: DoctorOptions) -> DoctorOutcome:
-    """Raises UserError: a place that cannot be read."""
+def parse(
+    description: str, argv: Sequence[str]
+) -> tuple[DoctorRequest | ClusterRequest, DoctorOptions]:
+    """What to look after: a run's records, or a cluster.
+
+    Raises:
+        ConfigError: anything that is not understood.
+    """
+    if any(word.partition("=")[0] == CLUSTER for word in argv):
+        from orchestrator.launch.cluster_doctor import parse_cluster_doctor
+
+        return parse_cluster_doctor(description, argv)
+    return parse_doctor(description, argv)
+
+
+def run_doctor_job(
+    request: DoctorRequest | ClusterRequest, options: DoctorOptions
+) -> DoctorOutcome:
+    """Raises UserError: a place that cannot be read, a cluster that does not answer."""
+    if not isinstance(request, DoctorRequest):
+        from orchestrator.launch.cluster_doctor import examine
+
+        verdict, facts = examine(request, ROOT)
+        print_table("cluster", verdict.rows, sys.stdout)
+        well = not verdict.problems
+        return DoctorOutcome(int(not well), {"status": "well" if well else "unwell"} | facts)
     done = [
         sent
         for place in request.replay

@@ -1,0 +1,368 @@
+"""What a cluster is like, measured from each of its nodes: before a long training, or when one is slow.
+
+One small task runs on every node, then as many processes as there are GPUs (or one a node on the CPU)
+add up a tensor together. Nothing of a training is started, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.config.cli import DoctorOptions, Parser
+from orchestrator.errors import ClusterError
+from orchestrator.launch.ray_runtime import connect
+from orchestrator.storage.filesystems import open_place, reason, within
+
+GIB = 2**30
+PACKAGES = ("ray", "torch", "torchvision", "timm", "numpy", "mlflow", "s3fs")
+MOST_SKEW_S = (
+    2.0  # signed requests to S3 bear minutes, records of two nodes do not look right with more
+)
+LEAST_SHM_GIB = 1.0  # a container's default is 64 MiB
+PROBE_MIB = 32
+TRACKER_TIMEOUT_S = 10.0
+STORE_TIMEOUT_S = 120.0
+NODE_TIMEOUT_S = 300.0
+REDUCE_MIB, REDUCE_ROUNDS, REDUCE_TIMEOUT_S = 64, 10, 120.0
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """store: a URI to write to from every node. tracking_uri: a server to ask from every node."""
+
+    store: str | None
+    tracking_uri: str | None
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What one node says. skew_s: of its clock against the driver's; mib_per_s: (write, read).
+
+    gpus: names as CUDA sees them; expected_gpus: as Ray does. tracker and store: None if all is well
+    or nothing was asked, else what is not.
+    """
+
+    host: str
+    versions: dict[str, str]
+    skew_s: float
+    shm_gib: float
+    disk_free_gib: float
+    gpus: tuple[str, ...] = ()
+    expected_gpus: int = 0
+    tracker: str | None = None
+    store: str | None = None
+    mib_per_s: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """An all-reduce. gb_per_s: of the bus, as NCCL's own tests count it: 2 (n - 1) / n of the bytes."""
+
+    ranks: int
+    backend: str
+    gb_per_s: float = 0.0
+    error: str | None = None
+
+
+@dataclass
+class Verdict:
+    """rows: of the table. problems: what is wrong, each with its node."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def parse_cluster_doctor(
+    description: str, argv: Sequence[str]
+) -> tuple[ClusterRequest, DoctorOptions]:
+    """Raises ConfigError: anything that is not understood."""
+    parser = Parser(
+        prog="jobs/doctor.py", description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--cluster", nargs="?", const="", metavar="URI",
+        help="measure the cluster of RAY_ADDRESS; URI: also write to it and read from every node",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="a tracker to ask (MLFLOW_TRACKING_URI)"
+    )
+    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
+    given = parser.parse_args(argv)
+    tracking_uri = given.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return ClusterRequest(given.cluster or None, tracking_uri), DoctorOptions(given.json)
+
+
+def examine(request: ClusterRequest, root: Path) -> tuple[Verdict, dict[str, Any]]:
+    """The table, and the same for a machine.
+
+    Raises:
+        ClusterError: no cluster, or a node that does not answer.
+    """
+    connect(root)
+    try:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        reports = [_ask(node, request) for node in alive]
+        reduced = _all_reduce([_gpus(node) for node in alive])
+    finally:
+        ray.shutdown()
+    verdict = judge(reports, reduced)
+    facts = {
+        "nodes": [vars(report) | {"gpus": list(report.gpus)} for report in reports],
+        "all_reduce": vars(reduced) if reduced else None,
+        "problems": verdict.problems,
+    }
+    return verdict, facts
+
+
+def judge(reports: Sequence[NodeReport], reduced: Reduced | None) -> Verdict:
+    """Pure: from what was measured to what it means."""
+    verdict = Verdict()
+    usual = _usual_versions(reports)
+    for report in reports:
+        cells, wrong = _describe(report, usual)
+        verdict.rows.append((report.host, "; ".join(cells)))
+        verdict.problems += [f"{report.host}: {problem}" for problem in wrong]
+    listed = ", ".join(f"{name} {version}" for name, version in usual.items())
+    verdict.rows.append(("versions", listed))
+    if reduced is None:
+        verdict.rows.append(("all-reduce", "one process only: nothing to measure"))
+    elif reduced.error:
+        verdict.rows.append(("all-reduce", f"failed: {reduced.error}"))
+        verdict.problems.append(f"all-reduce of {reduced.ranks} over {reduced.backend} failed")
+    else:
+        text = f"{reduced.gb_per_s:.2f} GB/s, {reduced.ranks} processes over {reduced.backend}"
+        verdict.rows.append(("all-reduce", text))
+    for problem in verdict.problems:
+        verdict.rows.append(("PROBLEM", problem))
+    return verdict
+
+
+def _usual_versions(reports: Sequence[NodeReport]) -> dict[str, str]:
+    """Of each package, what most nodes have; the first of those at a tie."""
+    usual = {}
+    for name in dict.fromkeys(name for report in reports for name in report.versions):
+        found = [report.versions.get(name, "none") for report in reports]
+        usual[name] = max(dict.fromkeys(found), key=found.count)
+    return usual
+
+
+def _describe(report: NodeReport, usual: dict[str, str]) -> tuple[list[str], list[str]]:
+    """(cells, problems) of one node."""
+    kinds = {name: report.gpus.count(name) for name in dict.fromkeys(report.gpus)}
+    gpus = ", ".join(f"{number} x {name}" for name, number in kinds.items()) or "no GPU"
+    cells = [
+        gpus, f"/dev/shm {report.shm_gib:.1f} GiB", f"disk {report.disk_free_gib:.0f} GiB free",
+        f"clock {report.skew_s:+.2f} s",
+    ]  # fmt: skip
+    problems = []
+    if len(report.gpus) != report.expected_gpus:
+        problems.append(f"{report.expected_gpus} GPU(s) in Ray, {len(report.gpus)} in CUDA")
+    if abs(report.skew_s) > MOST_SKEW_S:
+        problems.append(f"its clock differs by {report.skew_s:+.1f} s")
+    if report.shm_gib < LEAST_SHM_GIB:
+        problems.append(f"/dev/shm has {report.shm_gib:.2f} GiB, at least {LEAST_SHM_GIB:g} wanted")
+    for name, version in usual.items():
+        if (there := report.versions.get(name, "none")) != version:
+            problems.append(f"{name} {there}, others have {version}")
+    if report.mib_per_s is not None:
+        write, read = report.mib_per_s
+        cells.append(f"store {write:.0f} MiB/s out, {read:.0f} MiB/s in")
+    if report.store:
+        problems.append(f"store: {report.store}")
+    if report.tracker:
+        problems.append(f"tracker: {report.tracker}")
+    return cells, problems
+
+
+def _gpus(node: dict[str, Any]) -> int:
+    return int(node["Resources"].get("GPU", 0))
+
+
+def _ask(node: dict[str, Any], request: ClusterRequest) -> NodeReport:
+    """Raises ClusterError: it does not answer."""
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    gpus = _gpus(node)
+    asked = _probe.options(scheduling_strategy=there, num_gpus=gpus)
+    clock = _clock.options(scheduling_strategy=there)
+    try:
+        found: dict[str, Any] = ray.get(
+            asked.remote(request.store, request.tracking_uri), timeout=NODE_TIMEOUT_S
+        )
+        before = time.time()
+        theirs = ray.get(clock.remote(), timeout=NODE_TIMEOUT_S)
+        skew_s = theirs - (before + time.time()) / 2
+    except Exception as error:  # lost, busy, out of memory: whatever it is, it is this node
+        raise ClusterError(
+            "--cluster", f"an answer of {node['NodeManagerHostname']} within {NODE_TIMEOUT_S:g} s",
+            reason(error)[:200], "is it busy? end its jobs, or drain it",
+        ) from None  # fmt: skip
+    return NodeReport(skew_s=skew_s, expected_gpus=gpus, **found)
+
+
+@ray.remote(num_cpus=0)
+def _clock() -> float:
+    return time.time()
+
+
+@ray.remote(num_cpus=0)
+def _probe(store: str | None, tracking_uri: str | None) -> dict[str, Any]:
+    """Runs on the node that it is about."""
+    shm = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").exists() else 0.0
+    speed, trouble = _store_speed(store)
+    cuda = torch.cuda
+    return {
+        "host": socket.gethostname(),
+        "versions": _versions(),
+        "shm_gib": shm,
+        "disk_free_gib": shutil.disk_usage("/tmp").free / GIB,
+        "gpus": tuple(cuda.get_device_name(i) for i in range(cuda.device_count())),
+        "tracker": tracker_trouble(tracking_uri),
+        "store": trouble,
+        "mib_per_s": speed,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def _store_speed(uri: str | None) -> tuple[tuple[float, float] | None, str | None]:
+    """((write, read) in MiB/s, None), or (None, what is wrong)."""
+    if uri is None:
+        return None, None
+
+    def write_and_read() -> tuple[float, float]:
+        place = open_place(uri, "--cluster")
+        if place.local is not None:
+            place.local.mkdir(parents=True, exist_ok=True)
+        path = f"{place.path}/.doctor-{uuid.uuid4().hex}"
+        content = os.urandom(PROBE_MIB * 2**20)
+        try:
+            began = time.monotonic()
+            place.filesystem.pipe_file(path, content)
+            written = time.monotonic()
+            same = place.filesystem.cat_file(path) == content
+            read = time.monotonic()
+        finally:
+            if place.filesystem.exists(path):
+                place.filesystem.rm_file(path)
+        if not same:
+            raise OSError("what was read is not what was written")
+        return PROBE_MIB / (written - began), PROBE_MIB / (read - written)
+
+    try:
+        return within(STORE_TIMEOUT_S, write_and_read), None
+    except Exception as error:  # each filesystem has its own exceptions
+        return None, f"{uri}: {reason(error)[:200]}"
+
+
+def tracker_trouble(uri: str | None) -> str | None:
+    """None where a server answers with this environment's password, or there is none to ask."""
+    if uri is None or not uri.startswith("http"):
+        return None
+    request = urllib.request.Request(
+        f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+    )
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if user is not None:
+        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+        request.add_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
+    elif token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=TRACKER_TIMEOUT_S):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except OSError as error:
+        return reason(error)[:200]
+
+
+def _all_reduce(gpus_per_node: Sequence[int]) -> Reduced | None:
+    """One process for each GPU of the cluster; without GPUs one for each node, over gloo."""
+    gpus = sum(gpus_per_node)
+    ranks, backend = (gpus, "nccl") if gpus else (len(gpus_per_node), "gloo")
+    if ranks < 2:
+        return None
+    resources = {"GPU": 1} if gpus else {"CPU": 0.01}
+    group = ray.util.placement_group([resources] * ranks, strategy="SPREAD")
+    try:
+        ray.get(group.ready(), timeout=REDUCE_TIMEOUT_S)
+        rank_class: Any = _Rank
+        actors = [
+            rank_class.options(
+                num_gpus=1 if gpus else 0,
+                num_cpus=0 if gpus else 0.01,
+                scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank
+                ),
+            ).remote()
+            for rank in range(ranks)
+        ]
+        address = ray.get(actors[0].address.remote(), timeout=REDUCE_TIMEOUT_S)
+        work = [
+            actor.measure.remote(rank, ranks, address, backend) for rank, actor in enumerate(actors)
+        ]
+        seconds = max(ray.get(work, timeout=REDUCE_TIMEOUT_S))
+    except Exception as error:  # NCCL's, gloo's and Ray's all mean the same
+        return Reduced(ranks, backend, error=reason(error)[:300])
+    finally:
+        ray.util.remove_placement_group(group)
+    moved = 2 * (ranks - 1) / ranks * REDUCE_MIB * 2**20
+    return Reduced(ranks, backend, moved / seconds / 1e9)
+
+
+@ray.remote
+class _Rank:
+    """One process of the group."""
+
+    def address(self) -> str:
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        return f"tcp://{ray.util.get_node_ip_address()}:{port}"
+
+    def measure(self, rank: int, ranks: int, address: str, backend: str) -> float:
+        """Seconds of one all-reduce, the median of several."""
+        device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=ranks)
+        tensor = torch.ones(REDUCE_MIB * 2**18, device=device)
+        took = []
+        for _ in range(REDUCE_ROUNDS + 2):
+            dist.barrier()
+            began = time.monotonic()
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            if backend == "nccl":
+                torch.cuda.synchronize()
+            took.append(time.monotonic() - began)
+        dist.destroy_process_group()
+        return sorted(took[2:])[REDUCE_ROUNDS // 2]
