@@ -1,11 +1,12 @@
 # make train: set up and train the demo.   make test: set up and run every check.
+# make sweep: set up and search fusion and scaling of a very small network, in minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup train test test-unit test-slow test-chaos lint clean
+.PHONY: help setup train sweep test test-unit test-slow test-chaos lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile; echo "others: setup lint test-unit test-slow test-chaos clean"
@@ -23,6 +24,9 @@ $(STAMP): constraints.txt
 
 train: $(STAMP)
 	@$(BIN)/python jobs/train.py --config jobs/configs/shapes.yaml $(ARGS)
+
+sweep: $(STAMP)
+	@$(BIN)/python jobs/tune.py --config jobs/sweeps/smoke.yaml $(ARGS)
 
 test: $(STAMP) lint test-unit
 	@$(PYTEST) -m "integration and not slow and not chaos" tests

@@ -3,7 +3,7 @@
 python jobs/tune.py --config jobs/sweeps/smoke.yaml               minutes on this machine
 python jobs/tune.py --config jobs/sweeps/smoke.yaml --dry-run     the space and what it would cost
 ray job submit -- python jobs/tune.py --config SWEEP.yaml         on a cluster
-python jobs/tune.py --config SWEEP.yaml --resume                  after an interruption
+python jobs/tune.py --config SWEEP.yaml                           again after an interruption: it goes on
 python jobs/tune.py --config SWEEP.yaml --extend 16               16 trials more than there are
 """
 

@@ -33,9 +33,7 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """resume: go on with the sweep of this name. extend: so many trials more (0: what is new in
-    the space of a grid, None: not at all).
-    """
+    """resume: fail where there is no sweep of this name to go on with. extend: so many trials more."""
 
     resume: bool
     extend: int | None
@@ -60,7 +58,11 @@ def parse_tune(description: str, argv: Sequence[str]) -> tuple[SweepRequest, Swe
         "--set", action=Override, const=None, metavar="PATH=VALUE", dest="overrides",
         help="any other setting by its path; those of the training job begin with train.",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted sweep")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with an interrupted sweep, or fail "
+        "(without the flag it is gone on with if there is one)",
+    )  # fmt: skip
     parser.add_argument(
         "--extend", type=int, metavar="N", help="train N configurations more than there are"
     )
@@ -85,7 +87,8 @@ def _laid_on(mapping: dict[str, Any], where: str, value: Any, folder: Path) -> d
     if not where:
         raise ConfigError("--set", "PATH=VALUE", "an empty path", "correct it")
     if where.startswith("space."):  # one key of the space is a whole path
-        return merge(mapping, {"space": {where.removeprefix("space."): value}})
+        knobs = {**(mapping.get("space") or {}), where.removeprefix("space."): value}
+        return {**mapping, "space": knobs}
     train = mapping.get("train")
     if where.startswith("train.") and isinstance(train, str):
         mapping = {**mapping, "train": read_yaml(folder / Path(train).expanduser())}

@@ -104,6 +104,8 @@ class RayLauncher(Launcher):
     def describe(self, hardware: preflight.Hardware) -> str:
         where = "a Ray started here" if self.cluster.embedded else f"Ray at {self.cluster.address}"
         there = f"{self.nodes} node(s), {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+        if self.cluster.grows:
+            there += " with those that can be added"
         return f"{where}: {there}; training on {hardware.device_kind}"
 
     def run(

@@ -16,6 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError as Wo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.errors import StorageError, UserError
+from orchestrator.launch.actors import Mailbox
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.recorder import Board
 from orchestrator.storage.filesystems import reason
@@ -123,38 +124,6 @@ class Requests:
                 self.pending = self.actor.requests.remote()
 
 
-class _Mailbox:
-    """Actor: keeps events until the driver takes them, and what the driver asks for."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[Any, ...]] = []
-        self.stop = self.hurry = False
-        self.refused: UserError | None = None
-
-    def put(self, event: tuple[Any, ...]) -> None:
-        self.events.append(event)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        events, self.events = self.events, []
-        return events
-
-    def ask(self, stop: bool, hurry: bool) -> None:
-        self.stop, self.hurry = stop, hurry
-
-    def requests(self) -> tuple[bool, bool]:
-        return self.stop, self.hurry
-
-    def forget(self) -> None:
-        """Before another training in the same workers."""
-        self.stop, self.refused = False, None
-
-    def refuse(self, error: UserError) -> None:
-        self.refused = self.refused or error
-
-    def refusal(self) -> UserError | None:
-        return self.refused
-
-
 @contextmanager
 def mailbox(
     board: Board,
@@ -172,7 +141,7 @@ def mailbox(
         num_cpus=0,
         # Not on a node that may be lost while the driver lives.
         scheduling_strategy=cast(Any, NodeAffinitySchedulingStrategy(here, soft=False)),
-    )(_Mailbox).remote()
+    )(Mailbox).remote()
     done = threading.Event()
 
     def show() -> None:

@@ -165,13 +165,27 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is there. embedded: started by this process and gone with it."""
+    """What is there, or may come: an autoscaler starts nodes when somebody asks for them.
+
+    embedded: started by this process and gone with it. nodes: there now.
+    """
 
     embedded: bool
     cpus: float
     gpus: float
     nodes: int
     address: str
+    grows: bool = False
+
+    def room(self, cpus_per_worker: float, gpus_per_worker: float) -> int:
+        """For how many workers there is room, or may come to be, if nobody else uses it."""
+        now = room_for(cpus_per_worker, gpus_per_worker)
+        if not self.grows:
+            return now
+        fits = self.cpus // cpus_per_worker
+        if gpus_per_worker:
+            fits = min(fits, self.gpus // gpus_per_worker)
+        return max(now, int(fits))
 
 
 def connect(root: Path, *, dashboard: bool = False) -> Cluster:
@@ -210,14 +224,23 @@ def connect(root: Path, *, dashboard: bool = False) -> Cluster:
         )
         if dashboard:  # for those who ask it, when there is another Ray on this machine
             os.environ["RAY_ADDRESS"] = str(ray.get_runtime_context().gcs_address)
-    resources = ray.cluster_resources()
+    there, most = ray.cluster_resources(), autoscaler_limits()
     return Cluster(
         embedded=not address,
-        cpus=float(resources.get("CPU", 0)),
-        gpus=float(resources.get("GPU", 0)),
+        cpus=max(float(there.get("CPU", 0)), most.get("CPU", 0.0)),
+        gpus=max(float(there.get("GPU", 0)), most.get("GPU", 0.0)),
         nodes=sum(node["Alive"] for node in ray.nodes()),
         address=str(ray.get_runtime_context().gcs_address),
+        grows=any(amount > there.get(name, 0) for name, amount in most.items()),
     )
+
+
+def autoscaler_limits() -> dict[str, float]:
+    """What the cluster may grow to, {} where nothing scales it. Workers may well be none now."""
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config() or {}
+    return {name: float(amount) for name, amount in most.items() if name in ("CPU", "GPU")}
 
 
 def disconnect() -> None:

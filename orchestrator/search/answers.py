@@ -73,14 +73,27 @@ def leaderboard_table(
 ) -> list[list[str]]:
     """First its heads."""
     names = short_names(knobs)
-    found = [["#", "trial", objective.name, *names.values(), "params", "GMACs", "epoch", "state"]]
+    found = [
+        [
+            "#",
+            "trial",
+            objective.name,
+            *names.values(),
+            "params",
+            "GMACs",
+            "img/s",
+            "epoch",
+            "state",
+        ]
+    ]
     for row in rows:
         record = row.record
         found.append(
             ["" if row.rank is None else str(row.rank), record.trial_id,
              "" if row.value is None else f"{row.value:.4f}",
              *(show_value(record.sample[k]) if k in record.sample else "" for k in knobs),
-             f"{record.num_params / 1e6:.2f} M", f"{record.gmacs:.3g}", f"{record.epoch:.4g}",
+             f"{record.num_params / 1e6:.2f} M", f"{record.gmacs:.3g}",
+             f"{record.img_per_s:.1f}" if record.img_per_s else "", f"{record.epoch:.4g}",
              record.state]
         )  # fmt: skip
     return found
@@ -128,14 +141,14 @@ def _csv(rows: Sequence[Row], knobs: Sequence[str], objective: Objective) -> str
     table = csv.writer(text)
     table.writerow(
         ["rank", "trial", "state", "reason", objective.metric, *knobs, "seed", "step", "epoch",
-         "params", "gmacs", "seconds", "worker_hours", "arm"]
+         "params", "gmacs", "img_per_s", "seconds", "worker_hours", "arm"]
     )  # fmt: skip
     for row in rows:
         r = row.record
         table.writerow(
             [row.rank, r.trial_id, r.state, r.reason, row.value,
              *(json.dumps(v) if isinstance(v := r.sample.get(k), list | dict) else v for k in knobs),
-             r.seed, r.step, r.epoch, r.num_params, r.gmacs, round(r.seconds, 3),
+             r.seed, r.step, r.epoch, r.num_params, r.gmacs, r.img_per_s, round(r.seconds, 3),
              round(r.worker_hours, 6), r.arm]
         )  # fmt: skip
     return text.getvalue()

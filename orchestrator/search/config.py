@@ -20,7 +20,7 @@ from orchestrator.search.sample import changed
 from orchestrator.search.space import Sample, Space, read_space
 from orchestrator.search.trial import Objective, Unit
 
-MODEL_METRICS = ("params_m", "gmacs", "activation_gib", "latency_ms")
+MODEL_METRICS = ("params_m", "gmacs")  # known of every trial
 PER_CLASS = "val_class/"
 # Weights go from one trial to another: only what leaves their shapes and the data alone may change.
 PBT_MAY_CHANGE = ("optim.", "loss.", "data.augment.")

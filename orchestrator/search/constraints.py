@@ -144,6 +144,13 @@ class Budget:
         """Raises ConfigError: there is no such network."""
         return resolve(job.model, self.num_classes)
 
+    def network_of(self, base: TrainJob, sample: Sample) -> NetworkSpec | None:
+        """None where there is none."""
+        try:
+            return self.network(apply(base, sample))
+        except ConfigError:
+            return None
+
     def closed_forms(self, spec: NetworkSpec) -> tuple[float, float]:
         """Million parameters, and 1e9 multiply-accumulates of one image."""
         if spec not in self._costs:
@@ -318,11 +325,16 @@ def draw(
 
 def _asked(sieve: Sieve, point: Sample) -> bool:
     """Whether a known point is new. Raises ConfigError where it breaks a limit."""
+    check_point(sieve, point)
+    return sieve.passes(point)
+
+
+def check_point(sieve: Sieve, point: Sample) -> None:
+    """Raises ConfigError where a known point breaks a limit."""
     rejections = sieve.budget.rejections(apply(sieve.base, point))
     if rejections:
         got = f"{_show(point)} with {' and '.join(map(str, rejections))}"
         raise ConfigError("search.points", "points within the constraints", got, "remove it")
-    return sieve.passes(point)
 
 
 def _excess(rejections: tuple[Rejection, ...]) -> float:

@@ -7,7 +7,6 @@ on with the trial it had, from that trial's newest checkpoint.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,11 +14,13 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import cloudpickle
 from ray.train.collective import broadcast_from_rank_zero
 
 from orchestrator.config.schema import LaunchConfig
 from orchestrator.errors import GaveUpError
 from orchestrator.launch import supervisor
+from orchestrator.launch.actors import Desk
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.launchers import elastic_room
 from orchestrator.launch.mailbox import mailbox
@@ -33,63 +34,15 @@ CLOSE_TIMEOUT_S = 60.0
 ANY_NUMBER = 1_000_000  # of failures of a group; each trial's own are counted
 
 
-class Desk:
-    """Async actor: hands out trials to the ranks of a group, one after another.
-
-    A trial whose group broke more than max_failures times is given up.
-    """
-
-    def __init__(self, max_failures: int) -> None:
-        self.max_failures = max_failures
-        self.orders: list[Assignment | None] = []
-        self.results: dict[int, dict[str, Any]] = {}
-        self.attempts: dict[int, int] = {}
-        self.changed = asyncio.Condition()
-
-    async def submit(self, assignment: Assignment | None) -> int:
-        """The number of an order; None: there will be no more."""
-        async with self.changed:
-            self.orders.append(assignment)
-            self.changed.notify_all()
-        return len(self.orders) - 1
-
-    async def begin(self) -> int:
-        """A group starts, or starts again: the order it begins with."""
-        number = len(self.results)
-        if number == len(self.orders):
-            return number
-        self.attempts[number] = self.attempts.get(number, 0) + 1
-        if self.attempts[number] > self.max_failures + 1:
-            await self.done(number, {"gave_up": self.max_failures + 1})
-            return await self.begin()
-        return number
-
-    async def order(self, number: int) -> Assignment | None:
-        async with self.changed:
-            await self.changed.wait_for(lambda: len(self.orders) > number)
-        return self.orders[number]
-
-    async def done(self, number: int, result: dict[str, Any]) -> None:
-        async with self.changed:
-            self.results[number] = result
-            self.orders[number] = None  # it may be large
-            self.changed.notify_all()
-
-    async def result(self, number: int) -> dict[str, Any]:
-        async with self.changed:
-            await self.changed.wait_for(lambda: number in self.results)
-        return self.results[number]
-
-
 def group_loop(config: dict[str, Any]) -> dict[str, Any]:
     """`train_loop_per_worker` of a group: every rank takes the same trials in the same order."""
     desk, board = config["desk"], config["board"]
     first = ray.get(desk.begin.remote()) if ray.train.get_context().get_world_rank() == 0 else None
     number: int = broadcast_from_rank_zero(first)
-    while (assignment := ray.get(desk.order.remote(number))) is not None:
-        result = train_loop({"assignment": assignment, "board": board})
+    while (order := ray.get(desk.order.remote(number))) is not None:
+        result = train_loop({"assignment": cloudpickle.loads(order), "board": board})
         if ray.train.get_context().get_world_rank() == 0:
-            ray.get(desk.done.remote(number, result))
+            ray.get(desk.done.remote(number, cloudpickle.dumps(result)))
         number += 1
     return {}
 
@@ -130,18 +83,20 @@ class Group:
         if self.board is not None:
             ray.get(self.board.forget.remote())
         self.relay.progress, self.relay.trial = progress, interruptions
-        number = ray.get(self.desk.submit.remote(assignment))
+        number = ray.get(self.desk.submit.remote(cloudpickle.dumps(assignment)))
         pending = self.desk.result.remote(number)
         while not ray.wait([pending], timeout=POLL_S if not stop.is_set() else 0.1)[0]:
             if stop.is_set():
                 self.stop.set()
             if self.broken:
                 raise self.error or GaveUpError(0, RuntimeError("the group of workers ended"))
-        found: dict[str, Any] = ray.get(pending)
+        result: bytes | None = ray.get(pending)
+        if result is None:
+            why = RuntimeError(interruptions.last or "unknown")
+            raise GaveUpError(self.launch.max_failures + 1, why)
+        found: dict[str, Any] = cloudpickle.loads(result)
         if "refused" in found:
             raise found["refused"]
-        if "gave_up" in found:
-            raise GaveUpError(found["gave_up"], RuntimeError(interruptions.last or "unknown"))
         return found
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ place beyond this machine, the file is copied there, so a new pod goes on from i
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.records.run import read_bytes
+from orchestrator.records.run import CARD, read_bytes
 from orchestrator.search.trial import Objective, State, TrialRecord
 from orchestrator.storage.filesystems import Place, within
 
@@ -32,7 +33,8 @@ class Entry:
     """A trial while the sweep runs. state: None while it is to be trained or is being trained.
 
     curve: (epoch, step, value of the first objective) of each evaluation. seconds: by process that
-    trained it. generation: how often PBT put other weights under it.
+    trained it. ended_at: time of the day in seconds. generation: how often PBT put other weights
+    under it. begun_as: its arm before.
     """
 
     trial_id: str
@@ -55,6 +57,11 @@ class Entry:
     run_key: str = ""
     checkpoints_uri: str = ""
     generation: int = 0
+    ended_at: float = 0.0
+    begun_as: str = ""
+
+    def __post_init__(self) -> None:
+        self.begun_as = self.begun_as or self.arm
 
     def record(self) -> TrialRecord:
         """A trial that has not ended counts as interrupted where it stands."""
@@ -62,7 +69,7 @@ class Entry:
         return TrialRecord(
             self.trial_id, self.arm, self.sample, self.seed, self.state or "interrupted",
             self.reason, self.best, self.last, self.step, self.epoch, self.num_params, self.gmacs,
-            seconds, seconds * self.workers / 3600,
+            seconds, seconds * self.workers / 3600, self.img_per_s,
         )  # fmt: skip
 
 
@@ -168,6 +175,7 @@ class Ledger:
         elif event["op"] == "end":
             self.ended += entry.state is None
             entry.state, entry.reason = event["state"], event["reason"]
+            entry.ended_at = event["at"]
 
     def _score(self, entry: Entry, event: dict[str, Any]) -> None:
         entry.step, entry.epoch = event["step"], event["epoch"]
@@ -183,7 +191,7 @@ class Ledger:
         entry.curve.append((entry.epoch, entry.step, value))
         entry.last = metrics
         best = entry.best.get(self.objective.metric)
-        if best is None or self.objective.sign * (value - best) > 0:
+        if best is None or math.isnan(best) or self.objective.sign * (value - best) > 0:
             entry.best = metrics
 
     def _carry(self) -> None:
@@ -199,7 +207,7 @@ class Ledger:
 
     def _copy(self) -> None:
         assert self.carry_to is not None
-        for name in (FILE, SWEEP):
+        for name in (FILE, SWEEP, CARD):
             path = self.folder / name
             if path.is_file():
                 self.carry_to.filesystem.pipe_file(
@@ -211,11 +219,11 @@ def fetch(folder: Path, carried: Place) -> None:
     """What another machine carried, where this one has nothing of the sweep."""
     if (folder / SWEEP).is_file():
         return
-    for name in (FILE, SWEEP):
+    for name in (FILE, CARD, SWEEP):
         try:
             content = within(CARRY_TIMEOUT_S, partial(read_bytes, carried, name))
         except FileNotFoundError:
-            return
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from orchestrator.launch.progress import Row
 from orchestrator.launch.resolve import Derived
 from orchestrator.search.config import SweepConfig
 from orchestrator.search.constraints import Sieve
 from orchestrator.search.proposals import Known, Proposals
-from orchestrator.search.space import Dimension
+from orchestrator.search.space import Dimension, Sample
 from orchestrator.search.trial import describe_sample, show_value
 
 SHOWN_SAMPLES = 5
 TRIED = 500  # samples whose costs say what the others are like
+TRIED_KNOBS = 20
 TRAINING_COSTS = 3  # forward passes
 
 
@@ -27,12 +29,39 @@ def outlook(
     rows.append(("points of the space", "endless" if size is None else f"{size:,}"))
     if known:
         rows.append(("begun before", f"{len(known)} configurations, not trained again"))
-    rows += [("constraints", sieve.describe())]
-    num = sweep.trials.num if sweep.trials.num is not None else size or 0
+    typical = [sieve.gmacs(sample) for sample in _typical(sweep)]
+    feasible = [gmacs for gmacs in typical if gmacs is not None]
+    rejected = 1 - len(feasible) / len(typical)
+    which = "the grid" if sweep.search.algorithm == "grid" else f"{TRIED} random samples"
+    said = f"parameters and MACs reject {rejected:.1%} of {which}"
+    if sieve.tried:
+        said += f"; {sieve.describe()}"
+    rows.append(("constraints", said))
+    num = len(feasible) if sweep.trials.num is None else sweep.trials.num
     left = max(0, num - len(known)) * sweep.trials.seeds
+    gmacs = sum(feasible) / len(feasible) if feasible else 0.0
     rows.append(("to train", _plan(sweep, left, longest)))
-    rows.append(("cost", _cost(sweep, sieve, shape, longest, left)))
+    rows.append(("cost", _cost(sweep, gmacs, shape, longest, left)))
+    rows += [("note", f"{path} changes nothing here") for path in idle_knobs(sweep, sieve)]
     return rows
+
+
+def idle_knobs(sweep: SweepConfig, sieve: Sieve) -> list[str]:
+    """Knobs of the network whose values all give the same one, as width does at phi 0."""
+    samples = list(itertools.islice(_typical(sweep), TRIED_KNOBS))
+    found = []
+    for dimension in sweep.space.dimensions:
+        path, domain = dimension.path, dimension.domain
+        if not path.startswith("model.") or domain.size in (None, 1):
+            continue
+        having = [sample for sample in samples if path in sample]
+        if having and not any(
+            len({sieve.budget.network_of(sieve.base, {**sample, path: value})
+                 for value in domain.values()}) > 1
+            for sample in having
+        ):  # fmt: skip
+            found.append(path)
+    return found
 
 
 def first_samples(sweep: SweepConfig, source: Proposals) -> list[Row]:
@@ -58,12 +87,11 @@ def _plan(sweep: SweepConfig, trials: int, longest: float) -> str:
     return f"{text}, {scheduler.kind if scheduler.kind != 'none' else 'no early stopping'}"
 
 
-def _cost(sweep: SweepConfig, sieve: Sieve, shape: Derived, longest: float, trials: int) -> str:
+def _cost(sweep: SweepConfig, gmacs: float, shape: Derived, longest: float, trials: int) -> str:
     """Training is counted as three forward passes of each image."""
     epochs = longest
     if sweep.scheduler.unit == "step":
         epochs = longest / shape.schedule.steps_per_epoch
-    gmacs = _mean_gmacs(sweep, sieve)
     images = trials * epochs * shape.num_train
     total = _macs(images * gmacs * TRAINING_COSTS * 1e9)
     text = f"at most {images:,.0f} images, {total} (mean network {gmacs:.3g} GMACs)"
@@ -76,13 +104,11 @@ def _macs(number: float) -> str:
     return f"{number / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}MACs"
 
 
-def _mean_gmacs(sweep: SweepConfig, sieve: Sieve) -> float:
-    found = []
-    for index in range(TRIED):
-        gmacs = sieve.gmacs(sweep.space.sample(sweep.search.seed, index))
-        if gmacs is not None:
-            found.append(gmacs)
-    return sum(found) / len(found) if found else 0.0
+def _typical(sweep: SweepConfig) -> Iterator[Sample]:
+    """What the sweep will draw from: a grid itself, else some random samples."""
+    if sweep.search.algorithm == "grid":
+        return sweep.space.grid()
+    return (sweep.space.sample(sweep.search.seed, index) for index in range(TRIED))
 
 
 def _asha_share(sweep: SweepConfig, longest: float) -> float:

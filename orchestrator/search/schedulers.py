@@ -6,16 +6,18 @@ has reported fewer than it has trained.
 
 from __future__ import annotations
 
+import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
-    MedianStoppingRule,
     PopulationBasedTraining,
     TrialScheduler,
 )
@@ -29,10 +31,21 @@ Result = Mapping[str, Any]
 MEDIAN_OF = 3  # trials that must have come as far
 
 
+@dataclass(frozen=True)
+class Numbered:
+    """A trial by its number in the ledger, and so the same one after a sweep was interrupted."""
+
+    trial_id: str
+
+    @classmethod
+    def of(cls, trial: Any) -> Numbered:
+        return trial if isinstance(trial, cls) else cls(trial.config["trial"])
+
+
 class _AtEvaluations:
     """What all that stop trials early share: the end of a trial is no reason to stop it.
 
-    Only what they need is handed on: some keep every result of every trial.
+    kept: what of a result is looked at, its time and its value.
     """
 
     kept: tuple[str, str]
@@ -54,35 +67,92 @@ class Asha(_AtEvaluations, AsyncHyperBandScheduler):
         )  # fmt: skip
         self.longest = longest
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, cast(Trial, Numbered.of(trial)))
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Result) -> str:
         if "state" in result or result.get(self.kept[0], 0) >= self.longest:
             return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(tune_controller, trial, self.slim(result)))
+        known = cast(Trial, Numbered.of(trial))
+        return str(super().on_trial_result(tune_controller, known, self.slim(result)))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Result) -> None:
-        self._trial_info.pop(trial.trial_id, None)
+        self._trial_info.pop(Numbered.of(trial).trial_id, None)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self._trial_info.pop(trial.trial_id, None)
+        self._trial_info.pop(Numbered.of(trial).trial_id, None)
+
+    def remember(self, trial: Numbered, results: Iterable[Result]) -> None:
+        self.on_trial_add(None, trial)
+        for result in results:
+            self.on_trial_result(None, trial, result)
+        self.on_trial_remove(None, trial)
 
 
-class Median(_AtEvaluations, MedianStoppingRule):
-    """Stops what is below the median of the others' running means."""
+class Median(_AtEvaluations, FIFOScheduler):
+    """Stops a trial whose best is worse than the median of the others' running means.
+
+    The others are those that have come as far. Ray's MedianStoppingRule says the same, but reads
+    every result of every trial for each answer, pauses trials that have workers of their own, and
+    breaks on one that ends before its first evaluation.
+    """
 
     def __init__(self, *, time_attr: str, metric: str, mode: str, grace: float) -> None:
-        self.kept = (time_attr, metric)
-        super().__init__(
-            time_attr=time_attr, metric=metric, mode=mode, grace_period=grace,
-            min_samples_required=MEDIAN_OF,
-        )  # fmt: skip
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept, self.grace = (time_attr, metric), grace
+        self.sign = 1 if mode == "max" else -1
+        self._curves: dict[str, _Curve] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Result) -> str:
-        if "state" in result:
+        time = result.get(self.kept[0], 0)
+        if "state" in result or not self._add(Numbered.of(trial), result) or time < self.grace:
             return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(tune_controller, trial, self.slim(result)))
+        own = self._curves[Numbered.of(trial).trial_id]
+        means = [
+            other.mean_until(time) for other in self._curves.values()
+            if other is not own and other.times and other.times[0] <= time <= other.times[-1]
+        ]  # fmt: skip
+        if len(means) >= MEDIAN_OF and own.best < np.median(means):
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Result) -> None:
-        self._results[trial].append(self.slim(result))
+        self._add(Numbered.of(trial), result)  # the last evaluation of a finished one comes here
+
+    def remember(self, trial: Numbered, results: Iterable[Result]) -> None:
+        for result in results:
+            self._add(trial, result)
+
+    def _add(self, trial: Numbered, result: Result) -> bool:
+        """Whether it has a number."""
+        time, value = (result.get(key) for key in self.kept)
+        if time is None or value is None or not math.isfinite(value):
+            return False
+        curve = self._curves.setdefault(trial.trial_id, _Curve())
+        curve.add(time, self.sign * value, counts=time >= self.grace)
+        return True
+
+
+@dataclass
+class _Curve:
+    """Sums up to each evaluation that counts; more is better."""
+
+    times: list[float] = field(default_factory=list)
+    sums: list[float] = field(default_factory=list)
+    best: float = -math.inf
+
+    def add(self, time: float, value: float, *, counts: bool) -> None:
+        self.best = max(self.best, value)
+        while self.times and self.times[-1] >= time:  # trained again after a restart
+            self.times.pop()
+            self.sums.pop()
+        if counts:
+            self.times.append(time)
+            self.sums.append(value + (self.sums[-1] if self.sums else 0.0))
+
+    def mean_until(self, time: float) -> float:
+        number = bisect_right(self.times, time)
+        return self.sums[number - 1] / number
 
 
 def make_scheduler(sweep: SweepConfig) -> TrialScheduler:
@@ -136,28 +206,14 @@ def nearest_value(domain: Domain, value: Any) -> Any:
     return type(domain.low)(min(max(value, domain.low), domain.high))
 
 
-@dataclass(frozen=True)
-class _Past:
-    """A trial of an earlier process, as far as schedulers look at one."""
-
-    trial_id: str
-
-
 def recall(scheduler: TrialScheduler, entries: Iterable[Entry], sweep: SweepConfig) -> None:
-    """Show a scheduler what earlier processes of the sweep reported; its answers change nothing."""
+    """Show a scheduler what earlier processes of the sweep reported; it decides nothing anew."""
     unit, metric = sweep.scheduler.unit, sweep.objective.metric
     if not isinstance(scheduler, Asha | Median):
         return
     for entry in entries:
-        past = cast(Trial, _Past(f"past-{entry.trial_id}"))
-        controller = cast(Any, None)
-        scheduler.on_trial_add(controller, past)
-        result: dict[str, Any] = {}
-        for epoch, step, value in entry.curve:
-            result = {unit: epoch if unit == "epoch" else step, metric: value}
-            if past not in getattr(scheduler, "_stopped_trials", ()):
-                scheduler.on_trial_result(controller, past, result)
-        if result:
-            scheduler.on_trial_complete(controller, past, result)
-        else:
-            scheduler.on_trial_remove(controller, past)
+        results = [
+            {unit: epoch if unit == "epoch" else step, metric: value}
+            for epoch, step, value in entry.curve
+        ]
+        scheduler.remember(Numbered(entry.trial_id), results)

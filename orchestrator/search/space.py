@@ -193,6 +193,8 @@ def _suggested(dimension: Dimension, trial: Suggester) -> Any:
         return trial.suggest_int(path, domain.low, int(domain.high), step=domain.step)
     else:
         drawn = trial.suggest_float(path, domain.low, domain.high, step=domain.step)
+        # 1.4 and not 1.4000000000000001, which would be another arm and meet no condition.
+        drawn = min(domain.values(), key=lambda known: abs(known - drawn))
     return drawn
 
 

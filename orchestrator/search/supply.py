@@ -57,7 +57,7 @@ class Supply(Searcher):
         self.running: dict[str, Entry] = {}
         self._arms: dict[str, list[Entry]] = {}
         for entry in ledger.entries.values():
-            self._arms.setdefault(entry.arm, []).append(entry)
+            self._arms.setdefault(entry.begun_as, []).append(entry)
         self.waiting = deque(e for e in ledger.entries.values() if e.state is None)
         for arm in list(self._arms.values()):
             self._complete(arm)
@@ -102,9 +102,9 @@ class Supply(Searcher):
         elif not self.interrupted:
             self.ledger.end(entry.trial_id, "stopped")
         self.tell("ended", entry)
-        arm = self._arms[entry.arm]
+        arm = self._arms[entry.begun_as]
         if all(one.state is not None for one in arm):
-            self.proposals.tell(entry.arm, values_of(arm, self.objectives))
+            self.proposals.tell(entry.begun_as, values_of(arm, self.objectives))
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes down what it is given, and we never restore it."""
@@ -181,7 +181,7 @@ def known_arms(ledger: Ledger, objectives: Sequence[Objective]) -> list[Known]:
     """What was begun, for `proposals`."""
     arms: dict[str, list[Entry]] = {}
     for entry in ledger.entries.values():
-        arms.setdefault(entry.arm, []).append(entry)
+        arms.setdefault(entry.begun_as, []).append(entry)
     found = []
     for key, arm in arms.items():
         ended = all(entry.state is not None for entry in arm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
@@ -103,7 +104,8 @@ def _search(bench: Bench, options: SweepOptions, began: float) -> Outcome:
         hardware = preflight.choose_hardware(
             resolved.job, cpus=cluster.cpus, gpus=cluster.gpus, local=False
         )
-        concurrent = concurrency(sweep, room_for(hardware))
+        room = cluster.room(hardware.cpus_per_worker, hardware.gpus_per_worker)
+        concurrent = concurrency(sweep, room)
         budget = Budget(
             sweep.constraints, bench.train.classes.num_classes,
             latency=measured_latency(hardware), half_precision=hardware.gpus_per_worker > 0,
@@ -112,28 +114,28 @@ def _search(bench: Bench, options: SweepOptions, began: float) -> Outcome:
             bench.folder, sweep.objective, workers=sweep.trials.workers_per_trial,
             carry_to=_carried(resolved, sweep.name),
         )  # fmt: skip
-        known = known_arms(ledger, sweep.objectives)
-        sieve = Sieve(sweep.base, budget, done=[one.arm for one in known])
-        source = proposals(sweep, sieve, known)
-        rows += outlook(sweep, sieve, bench.shape, bench.longest, known)
-        rows.append(
-            ("trials at once", f"{concurrent}, each {sweep.trials.workers_per_trial} x "
-             f"{hardware.device_kind}; {cluster.nodes} node(s), {cluster.cpus:g} CPUs, "
-             f"{cluster.gpus:g} GPUs")
-        )  # fmt: skip
-        rows += [("note", note) for note in [*resolved.notes, *sweep.notes()]]
-        if options.dry_run:
-            rows += first_samples(sweep, source)
-        print_table(f"preflight of the sweep {sweep.name}", rows, out)
-        if options.dry_run:
-            ledger.close()
-            return Outcome(0, {"status": "dry run", "name": sweep.name})
-        write_settings(bench.folder, sweep.to_mapping())
-        supply = Supply(
-            source, ledger, budget, sweep.base, sweep.objectives,
-            concurrent=concurrent, seeds=sweep.trials.seeds,
-        )  # fmt: skip
-        return _train(bench, places.runs, supply, sieve, hardware, began)
+        with closing(ledger):
+            known = known_arms(ledger, sweep.objectives)
+            sieve = Sieve(sweep.base, budget, done=[one.arm for one in known])
+            source = proposals(sweep, sieve, known)
+            rows += outlook(sweep, sieve, bench.shape, bench.longest, known)
+            rows.append(
+                ("trials at once", f"{concurrent}, each {sweep.trials.workers_per_trial} x "
+                 f"{hardware.device_kind}; {cluster.nodes} node(s), {cluster.cpus:g} CPUs, "
+                 f"{cluster.gpus:g} GPUs")
+            )  # fmt: skip
+            rows += [("note", note) for note in [*resolved.notes, *sweep.notes()]]
+            if options.dry_run:
+                rows += first_samples(sweep, source)
+            print_table(f"preflight of the sweep {sweep.name}", rows, out)
+            if options.dry_run:
+                return Outcome(0, {"status": "dry run", "name": sweep.name})
+            write_settings(bench.folder, sweep.to_mapping())
+            supply = Supply(
+                source, ledger, budget, sweep.base, sweep.objectives,
+                concurrent=concurrent, seeds=sweep.trials.seeds,
+            )  # fmt: skip
+            return _train(bench, places.runs, supply, sieve, hardware, began)
     finally:
         ray_runtime.disconnect()
 
@@ -180,7 +182,6 @@ def _train(
         display.close()
         retention.look()
         retention.close()
-        ledger.close()
     if supply.error is not None:
         chronicle.finish("FAILED", str(supply.error), str(supply.error), [], done=False)
         raise supply.error
@@ -209,10 +210,11 @@ def _answer(
         rows.append(("train it", f"python jobs/train.py --config {bench.folder / answers.WINNER}"))
     outcome = "interrupted" if interrupted else "finished"
     if interrupted:
-        rows.append(("go on", "the same command with --resume"))
+        rows.append(("go on", "run the same command again"))
     status = "KILLED" if interrupted else "FINISHED"
     description = answers.markdown(sweep.name, found, rows)
     chronicle.finish(status, outcome, description, files, done=not interrupted)
+    keep_card(open_place(str(bench.folder), "run.output"), chronicle.run)
     answers.show(found, bench.out)
     print_table(f"sweep {sweep.name} {outcome}", rows, bench.out)
     report = {
@@ -247,10 +249,6 @@ def concurrency(sweep: SweepConfig, room: int) -> int:
         )  # fmt: skip
     most = fits if sweep.trials.num is None else min(fits, sweep.trials.num * sweep.trials.seeds)
     return asked or most
-
-
-def room_for(hardware: Hardware) -> int:
-    return ray_runtime.room_for(hardware.cpus_per_worker, hardware.gpus_per_worker)
 
 
 def _nested(sweep: SweepConfig) -> bool:
@@ -292,21 +290,18 @@ def _settled(sweep: SweepConfig, options: SweepOptions, folder: Path) -> SweepCo
     if carried is not None:
         fetch(folder, carried)
     settings = read_settings(folder)
-    goes_on = options.resume or options.extend is not None
     if settings is None:
-        if goes_on:
+        if options.resume or options.extend is not None:
             flag = "--resume" if options.resume else "--extend"
             raise ConfigError(
                 flag, f"a sweep that was begun as {sweep.name!r}", f"none in {folder}",
                 f"leave {flag} out, or correct --name or --output",
             )  # fmt: skip
         return sweep
-    if not goes_on:
-        if options.dry_run:
-            return sweep
+    if options.extend is None and not options.dry_run and _has_ended(folder):
         raise ConfigError(
-            "name", "a sweep that is not there yet", f"{sweep.name!r} in {folder}",
-            "--resume goes on with it, --extend N adds trials, --name NAME begins another",
+            "name", "a sweep that has not ended", f"{sweep.name!r}, which has, in {folder}",
+            "--extend N adds trials, --name NAME begins another",
         )  # fmt: skip
     before = decode_sweep(settings, name=sweep.name)
     _check_same(before.to_mapping(), sweep.to_mapping())
@@ -315,6 +310,13 @@ def _settled(sweep: SweepConfig, options: SweepOptions, folder: Path) -> SweepCo
         return replace(sweep, trials=replace(sweep.trials, num=before.trials.num))
     begun = _arms_begun(folder, sweep)
     return replace(sweep, trials=replace(sweep.trials, num=begun + options.extend))
+
+
+def _has_ended(folder: Path) -> bool:
+    try:
+        return read_card(open_place(str(folder), "run.output")).done
+    except (FileNotFoundError, ValueError, TypeError):
+        return False
 
 
 def _check_same(before: dict[str, object], now: dict[str, object]) -> None:
@@ -338,7 +340,7 @@ def _difference(before: object, now: object) -> str:
 def _arms_begun(folder: Path, sweep: SweepConfig) -> int:
     ledger = Ledger(folder, sweep.objective, workers=1)
     ledger.close()
-    return len({entry.arm for entry in ledger.entries.values()})
+    return len({entry.begun_as for entry in ledger.entries.values()})
 
 
 def _open_run(bench: Bench, runs: Runs) -> TrackedRun:

@@ -87,19 +87,6 @@ def trial_job(base: TrainJob, sweep: str, trial: str, sample: Sample, seed: int)
     return replace(job, run=replace(job.run, name=f"{sweep}-{trial}"))
 
 
-class Board:
-    """Actor of a sweep, asked by trials that were told to stop."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-
-    def interrupt(self) -> None:
-        self.interrupted = True
-
-    def is_interrupted(self) -> bool:
-        return self.interrupted
-
-
 class Trial(tune.Trainable):
     """What Ray Tune runs; its process is used for one trial after another."""
 
@@ -199,6 +186,17 @@ class Training:
 
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """Called where it is trained. The last one goes with the end."""
+        self.note(step, epoch, metrics)
+        reached = epoch if self.errand.unit == "epoch" else step
+        if self.errand.longest is not None and reached >= self.errand.longest:
+            self.reached_end = True
+            self.stop.set()
+            return
+        self.answered.clear()
+        self.results.put(dict(self.found))
+
+    def note(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """What is known of the newest evaluation."""
         self.found = {
             "step": step, "epoch": epoch, "process": self.process,
             "seconds": time.monotonic() - self.began, "sample": json.dumps(self.sample),
@@ -209,13 +207,6 @@ class Training:
         }  # fmt: skip
         if metrics.get("perf/img_per_s"):
             self.found["img_per_s"] = metrics["perf/img_per_s"]
-        reached = epoch if self.errand.unit == "epoch" else step
-        if self.errand.longest is not None and reached >= self.errand.longest:
-            self.reached_end = True
-            self.stop.set()
-            return
-        self.answered.clear()
-        self.results.put(dict(self.found))
 
     def ended_early(self) -> str | None:
         if self.interrupted:
@@ -279,8 +270,11 @@ class Training:
         outcome = run_tracked(
             work, run, progress, began=self.began, out=log, err=log, ended_early=self.ended_early
         )
+        status, metrics = str(outcome.report["status"]), outcome.report["metrics"]
+        if status == FINISHED and metrics and "step" not in self.found:
+            # It had been evaluated by a process that could not say so.
+            progress.evaluated(outcome.report["step"], metrics)
         self.found["fit_s"] = outcome.report["train_s"]
-        status = str(outcome.report["status"])
         if status == DIVERGED:
             status = f"{DIVERGED} at step {outcome.report['step']}: the loss was not finite"
         return status
@@ -320,13 +314,17 @@ class Watched(Progress):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         super().log(step, metrics)
         if any(key.startswith("val/") for key in metrics):
-            model = {
-                "model/params_m": self.derived.cost.params / 1e6,
-                "model/gmacs": self.derived.cost.gmacs,
-            }
-            speed = {"perf/img_per_s": self.latest.get("perf/img_per_s", 0.0)}
-            epoch = step / self.steps_per_epoch
-            self.training.evaluated(step, epoch, {**metrics, **model, **speed})
+            self.training.evaluated(step, step / self.steps_per_epoch, self._all(metrics))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Earlier; only its numbers are left."""
+        self.training.note(step, step / self.steps_per_epoch, self._all(metrics))
+
+    def _all(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """With what is known of the network, and how fast it trains."""
+        cost = self.derived.cost
+        model = {"model/params_m": cost.params / 1e6, "model/gmacs": cost.gmacs}
+        return {**metrics, **model, "perf/img_per_s": self.latest.get("perf/img_per_s", 0.0)}
 
 
 class TrialRuntime(ProcessGroupRuntime):

@@ -35,7 +35,7 @@ class TrialRecord:
     arm: key of what was trained, the seed aside; sample: its knobs by path. stopped: ended early by
     the scheduler; interrupted: by anything else, its values count as far as it came.
     best, last: metrics of the evaluation with the best objective, and of the last.
-    num_params, gmacs: of the network. worker_hours: over all its workers and restarts.
+    num_params, gmacs: of the network. img_per_s: while it trained. worker_hours: over all its workers and restarts.
     """
 
     trial_id: str
@@ -52,6 +52,7 @@ class TrialRecord:
     gmacs: float = 0.0
     seconds: float = 0.0
     worker_hours: float = 0.0
+    img_per_s: float = 0.0
 
     def value(self, objective: Objective) -> float | None:
         """None where the trial failed, never reported it, or it is not a finite number."""

@@ -17,14 +17,15 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 
 from model.network.scaling import NetworkSpec
+from orchestrator.launch.actors import Board
 from orchestrator.launch.preflight import Hardware
 from orchestrator.search.config import SweepConfig
 from orchestrator.search.constraints import Latency
 from orchestrator.search.supply import Supply
-from orchestrator.search.training import Board, Errand, Trial
+from orchestrator.search.training import Errand, Trial
 
 # A trial with several workers is only their driver: it needs the head, and no CPU of it.
-ON_HEAD = {"node:__internal_head__": 0.01}
+ON_HEAD = {"node:__internal_head__": 0.001}
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger and MLflow record what there is
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has none

@@ -15,6 +15,8 @@ from orchestrator.search.importance import importance
 from orchestrator.search.sample import apply, changed
 from orchestrator.search.trial import Objective, TrialRecord, Unit, describe_sample, varied
 
+FEW_VALUES = 8
+
 
 @dataclass(frozen=True)
 class Row:
@@ -175,6 +177,7 @@ def findings(
     if any(len(arm.values) > 1 for arm in found):
         lines += [arm.describe(objective) for arm in found]
         lines += [one.describe(objective) for one in compare(found, objective)] or _alone(found)
+    lines += speeds(records, knobs)
     if len(objectives) > 1:
         front = pareto_front(records, objectives)
         lines.append(f"Pareto front: {', '.join(record.trial_id for record in front) or 'empty'}")
@@ -184,6 +187,24 @@ def findings(
         f"trial {record.trial_id} failed: {record.reason or 'no reason'}" for record in failed
     ]
     return [*lines, savings(records, unit, longest).describe()]
+
+
+def speeds(records: Sequence[TrialRecord], knobs: Sequence[str]) -> list[str]:
+    """How fast each value of the only knob trained, if there is one and it has few."""
+    if len(knobs) != 1:
+        return []
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record.img_per_s and knobs[0] in record.sample:
+            found.setdefault(describe_sample(record.sample, knobs), []).append(record.img_per_s)
+    if not 1 < len(found) <= FEW_VALUES:
+        return []
+    medians = sorted(((float(np.median(v)), name) for name, v in found.items()), reverse=True)
+    best = medians[0][0]
+    parts = [f"{name} {value:.1f} ({value / best:.2f})" for value, name in medians]
+    return [
+        f"images a second while training, medians, and share of the fastest: {', '.join(parts)}"
+    ]
 
 
 def _alone(found: Sequence[Arm]) -> list[str]:

@@ -79,11 +79,11 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | more
 
 
-def command(*arguments: str, torchrun: int = 0) -> list[str]:
+def command(*arguments: str, torchrun: int = 0, job: str = "train.py") -> list[str]:
     start = [sys.executable]
     if torchrun:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-    return [*start, str(ROOT / "jobs" / "train.py"), *arguments]
+    return [*start, str(ROOT / "jobs" / job), *arguments]
 
 
 def train(

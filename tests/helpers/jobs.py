@@ -15,7 +15,9 @@ from helpers import Done, command, descendants, environment
 
 
 class Job:
-    """jobs/train.py in a process of its own. Its output is appended, so that resumptions follow."""
+    """A job in a process of its own. Its output is appended, so that resumptions follow."""
+
+    script = "train.py"
 
     def __init__(self, output: Path, *arguments: str, **env: str) -> None:
         self.output = output
@@ -23,7 +25,7 @@ class Job:
         self.log = (output / "stdout.txt").open("ab")
         self.began = self.log.tell()
         self.process = subprocess.Popen(
-            command(*arguments, "--output", str(output), "--json"),
+            command(*arguments, "--output", str(output), "--json", job=self.script),
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env=environment(**env),
@@ -76,9 +78,10 @@ class Job:
 
 def training(pid: int) -> bool:
     try:
-        return b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+    return b"RayTrainWorker" in line or b"ray::Trial" in line
 
 
 def assert_same(disturbed: Done, undisturbed: Done, *, tolerance: float = 0.0) -> None:
