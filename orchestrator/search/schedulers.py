@@ -11,6 +11,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -171,6 +172,22 @@ def make_scheduler(sweep: SweepConfig) -> TrialScheduler:
     return _population(sweep.space, config.grace, told)
 
 
+class Population(PopulationBasedTraining):
+    """Trials that are fewer at once than the population take turns."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        # It refuses searchers, for they would learn from settings that change; ours only draws.
+        super().on_trial_add(cast(Any, SimpleNamespace(search_alg=None)), trial)
+
+    def _get_new_config(
+        self, trial: Trial, trial_to_clone: Trial
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings of the other, but its own name and seed."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        own = {key: value for key, value in trial.config.items() if key != "sample"}
+        return {**config, **own}, operations
+
+
 def _population(space: Space, every: float, told: Mapping[str, str]) -> PopulationBasedTraining:
     """Only what differs is perturbed, and never out of its domain."""
     domains = {d.path: d.domain for d in space.dimensions if d.domain.size != 1}
@@ -183,7 +200,7 @@ def _population(space: Space, every: float, told: Mapping[str, str]) -> Populati
         return config
 
     mutations = {path: _mutation(domain) for path, domain in domains.items()}
-    return PopulationBasedTraining(
+    return Population(
         time_attr=told["time_attr"], metric=told["metric"], mode=told["mode"],
         perturbation_interval=every, hyperparam_mutations={"sample": mutations},
         custom_explore_fn=explore, require_attrs=False, log_config=False,

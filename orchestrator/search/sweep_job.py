@@ -106,6 +106,8 @@ def _search(bench: Bench, options: SweepOptions, began: float) -> Outcome:
         )
         room = cluster.room(hardware.cpus_per_worker, hardware.gpus_per_worker)
         concurrent = concurrency(sweep, room)
+        if sweep.scheduler.kind == "pbt":
+            concurrent = _population_at_once(sweep, concurrent)
         budget = Budget(
             sweep.constraints, bench.train.classes.num_classes,
             latency=measured_latency(hardware), half_precision=hardware.gpus_per_worker > 0,
@@ -249,6 +251,21 @@ def concurrency(sweep: SweepConfig, room: int) -> int:
         )  # fmt: skip
     most = fits if sweep.trials.num is None else min(fits, sweep.trials.num * sweep.trials.seeds)
     return asked or most
+
+
+def _population_at_once(sweep: SweepConfig, concurrent: int) -> int:
+    """All of them: those that have no room take turns, which groups of workers cannot.
+
+    Raises:
+        ClusterError: not all groups have room.
+    """
+    num = sweep.trials.num or 1
+    if _nested(sweep) and concurrent < num:
+        raise ClusterError(
+            "trials.num", f"at most {concurrent} with pbt, for which there is room", str(num),
+            "lower it, add nodes, or trials.workers_per_trial: 1, which take turns",
+        )  # fmt: skip
+    return num
 
 
 def _nested(sweep: SweepConfig) -> bool:

@@ -209,7 +209,7 @@ class Training:
             self.found["img_per_s"] = metrics["perf/img_per_s"]
 
     def ended_early(self) -> str | None:
-        if self.interrupted:
+        if self.interrupted or self.errand.stopper == "pbt":  # then its turn is over, no more
             return None
         if self.reached_end:
             return FINISHED

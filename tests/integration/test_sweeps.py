@@ -155,13 +155,14 @@ def test_population_takes_over_weights_and_settings(tmp_path: Path) -> None:
     client = MlflowClient(done.report["tracking_uri"])
     runs = children(client, done.report["run_id"])
     taken = [run for run in runs if "effdet.exploited_from" in run.data.tags]
-    assert len(taken) == len(changed)
-    for run, event in zip(
-        sorted(taken, key=lambda r: r.info.start_time), changed, strict=True
-    ):  # fmt: skip
-        assert run.data.params["optim.lr_per_64"] == str(event["sample"]["optim.lr_per_64"])
+    by_rate = {run.data.params["optim.lr_per_64"]: run for run in taken}
+    for event in changed:
+        run = by_rate[str(event["sample"]["optim.lr_per_64"])]
+        assert run.data.tags["effdet.trial"] == event["trial"]
         first = min(m.step for m in client.get_metric_history(run.info.run_id, "train/loss"))
         assert first > 1, "it goes on from the weights it took"
+    ends = [e for e in found if e["op"] == "end"]
+    assert sorted(e["trial"] for e in ends) == ["000", "001", "002", "003"]
 
 
 def test_a_trial_outlives_its_process(tmp_path: Path) -> None:
