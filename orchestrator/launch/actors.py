@@ -54,16 +54,11 @@ class Board:
 
 
 class Desk:
-    """Async actor: hands out trials to the ranks of a group, one after another.
+    """Async actor: hands out trials to the ranks of a group, one after another."""
 
-    A trial whose group broke more than max_failures times is given up.
-    """
-
-    def __init__(self, max_failures: int) -> None:
-        self.max_failures = max_failures
+    def __init__(self) -> None:
         self.orders: list[bytes | None] = []
         self.results: dict[int, bytes | None] = {}
-        self.attempts: dict[int, int] = {}
         self.changed = asyncio.Condition()
 
     async def submit(self, order: bytes | None) -> int:
@@ -75,14 +70,7 @@ class Desk:
 
     async def begin(self) -> int:
         """A group starts, or starts again: the order it begins with."""
-        number = len(self.results)
-        if number == len(self.orders):
-            return number
-        self.attempts[number] = self.attempts.get(number, 0) + 1
-        if self.attempts[number] > self.max_failures + 1:
-            await self.done(number, None)
-            return await self.begin()
-        return number
+        return len(self.results)
 
     async def order(self, number: int) -> bytes | None:
         async with self.changed:
@@ -90,9 +78,11 @@ class Desk:
         return self.orders[number]
 
     async def done(self, number: int, result: bytes | None) -> None:
+        """result: None gives the order up; the group passes it over when it starts again."""
         async with self.changed:
-            self.results[number] = result
-            self.orders[number] = None  # it may be large
+            self.results.setdefault(number, result)
+            if number:  # a rank may still be on its way to this one
+                self.orders[number - 1] = None
             self.changed.notify_all()
 
     async def result(self, number: int) -> bytes | None:

@@ -19,7 +19,7 @@ class WithJson(Protocol):
 
 Options = TypeVar("Options", bound=WithJson)
 
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 class Result(Protocol):
@@ -45,6 +45,9 @@ def run_job(
         if wants_json:
             print(json.dumps({"status": "refused", "error": str(error)}))
         return USER_ERROR
+    except KeyboardInterrupt:  # once more, or before there was anything to save
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
     sys.stdout.flush()
     if options.json and result.report:
         print(json.dumps(result.report), flush=True)

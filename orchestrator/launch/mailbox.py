@@ -124,24 +124,29 @@ class Requests:
                 self.pending = self.actor.requests.remote()
 
 
+def beside(cls: type[Any], *arguments: Any) -> Any:
+    """An actor on this process's node: not on one that may be lost while this process lives."""
+    here = ray.get_runtime_context().get_node_id()
+    return ray.remote(
+        num_cpus=0,
+        scheduling_strategy=cast(Any, NodeAffinitySchedulingStrategy(here, soft=False)),
+    )(cls).remote(*arguments)
+
+
 @contextmanager
 def mailbox(
     board: Board,
     interruptions: Interruptions,
     stop: threading.Event,
     room: Callable[[], int] = lambda: 0,
+    others: Mapping[str, Callable[..., None]] | None = None,
 ) -> Iterator[Any]:
     """An actor handle for workers; a thread here shows and counts what arrives, passes `stop` on.
 
     room: for how many workers there is room now. Where it is for more than there are, they are asked
-    to save often: Ray will soon end them to start a larger group.
+    to save often: Ray will soon end them to start a larger group. others: further kinds of events.
     """
-    here = ray.get_runtime_context().get_node_id()
-    actor: Any = ray.remote(
-        num_cpus=0,
-        # Not on a node that may be lost while the driver lives.
-        scheduling_strategy=cast(Any, NodeAffinitySchedulingStrategy(here, soft=False)),
-    )(Mailbox).remote()
+    actor = beside(Mailbox)
     done = threading.Event()
 
     def show() -> None:
@@ -166,7 +171,10 @@ def mailbox(
             except RayError:
                 return  # the cluster is going; the run's own error says why
             for kind, *content in events:
-                _pass_on(kind, content, board, interruptions)
+                if others and kind in others:
+                    others[kind](*content)
+                else:
+                    _pass_on(kind, content, board, interruptions)
             if last and not events:
                 return
 

@@ -82,7 +82,7 @@ def run_trainer(
             cause = root_cause(error)
             if isinstance(cause, UserError):
                 raise cause from None
-            if isinstance(cause, OutOfMemoryError):
+            if isinstance(cause, OutOfMemoryError) and "assignment" in config:
                 resolved = config["assignment"].resolved
                 raise out_of_memory(resolved, interruptions.workers or launch.workers) from None
             raise GaveUpError(interruptions.here + interruptions.preemptions, cause) from None

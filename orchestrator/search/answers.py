@@ -39,12 +39,16 @@ class Answers:
 
 
 def answer(
-    sweep: SweepConfig, records: Sequence[TrialRecord], curves: Mapping[str, Curve], longest: float
+    sweep: SweepConfig,
+    records: Sequence[TrialRecord],
+    curves: Mapping[str, Curve],
+    longest: float,
+    notes: Sequence[str] = (),
 ) -> Answers:
-    """longest: what a trial that is not stopped trains, in the scheduler's unit."""
+    """longest: what a trial that is not stopped trains, in the scheduler's unit. notes: of the run."""
     objective, unit = sweep.objective, sweep.scheduler.unit
     lines = findings(records, sweep.objectives, unit=unit, longest=longest)
-    lines += sweep.notes()
+    lines += [*notes, *sweep.notes()]
     rows = leaderboard(records, objective)
     knobs = varied(records)
     files = {

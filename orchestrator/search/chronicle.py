@@ -15,11 +15,12 @@ from orchestrator.launch.launchers import ROOT
 from orchestrator.launch.recorder import records_folder, records_place
 from orchestrator.records.journal import DRIVER, Journal
 from orchestrator.records.provenance import provenance
-from orchestrator.records.run import FINISHED, TrackedRun
+from orchestrator.records.run import FINISHED, TrackedRun, keep_card
 from orchestrator.records.runs import Runs
 from orchestrator.records.secrets import redact_all
 from orchestrator.records.sender import Sender, open_spool
 from orchestrator.search.training import SWEEP_TAG
+from orchestrator.storage.filesystems import Place
 
 CLOSE_TIMEOUT_S = 20.0
 ANSWERS = "sweep"
@@ -29,9 +30,11 @@ class Chronicle:
     """Of one sweep, by one driver."""
 
     def __init__(
-        self, runs: Runs, run: TrackedRun, output: Path, *, say: Callable[[str], None]
-    ) -> None:
-        self.runs, self.run, self.say = runs, run, say
+        self, runs: Runs, run: TrackedRun, output: Path, home: Place, *,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """home: of the sweep, where its card lies."""
+        self.runs, self.run, self.home, self.say = runs, run, home, say
         self.folder = records_folder(output, run.run_key)
         carried = records_place(run.checkpoints_uri)
         sender = Sender(
@@ -39,7 +42,7 @@ class Chronicle:
             say=say, found=self._found,
         )  # fmt: skip
         self.journal = Journal(sender)
-        runs.cards.keep(run)
+        self._keep_card()
 
     def begin(self, name: str, settings: Mapping[str, Any], note: str) -> None:
         if self.run.continued:
@@ -81,11 +84,15 @@ class Chronicle:
                 f"jobs/doctor.py --replay {self.folder}"
             )
         self.run = replace(self.run, outcome=FINISHED if done else "")
-        self.runs.cards.keep(self.run)
+        self._keep_card()
 
     def _found(self, run: TrackedRun) -> None:
         self.run = replace(
             self.run, run_id=run.run_id, experiment_id=run.experiment_id,
             artifact_uri=run.artifact_uri,
         )  # fmt: skip
+        self._keep_card()
+
+    def _keep_card(self) -> None:
         self.runs.cards.keep(self.run)
+        keep_card(self.home, self.run)

@@ -16,7 +16,7 @@ from orchestrator.config.codec import decode, encode, read_yaml
 from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError, nearest
 from orchestrator.search.constraints import ConstraintsConfig, check_constraints
-from orchestrator.search.sample import changed
+from orchestrator.search.sample import changed, public
 from orchestrator.search.space import Sample, Space, read_space
 from orchestrator.search.trial import Objective, Unit
 
@@ -119,7 +119,7 @@ class SweepConfig:
         search = encode(self.search) | {"points": [dict(point) for point in self.search.points]}
         return {
             "name": self.name,
-            "train": changed(self.base),
+            "train": changed(public(self.base)),
             "objective": [encode(objective) for objective in self.objectives],
             "trials": trials,
             "search": search,

@@ -10,8 +10,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 
 import yaml
 
+from orchestrator.errors import StorageError
 from orchestrator.records.run import CARD, read_bytes
 from orchestrator.search.trial import Objective, State, TrialRecord
-from orchestrator.storage.filesystems import Place, within
+from orchestrator.storage.filesystems import Place, reason, within
 
 FILE, SWEEP = "trials.jsonl", "sweep.yaml"
-CARRY_EVERY_S, CARRY_TIMEOUT_S = 5.0, 60.0
+CARRY_EVERY_S, CARRY_TIMEOUT_S, LAST_ATTEMPTS = 5.0, 60.0, 3
 KEPT_METRICS = ("val/", "model/")
 
 
@@ -34,7 +34,7 @@ class Entry:
 
     curve: (epoch, step, value of the first objective) of each evaluation. seconds: by process that
     trained it. ended_at: time of the day in seconds. generation: how often PBT put other weights
-    under it. begun_as: its arm before.
+    under it. begun_as: its arm before, earlier_uris: its checkpoints.
     """
 
     trial_id: str
@@ -59,6 +59,7 @@ class Entry:
     generation: int = 0
     ended_at: float = 0.0
     begun_as: str = ""
+    earlier_uris: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.begun_as = self.begun_as or self.arm
@@ -81,8 +82,15 @@ class Ledger:
     """
 
     def __init__(
-        self, folder: Path, objective: Objective, *, workers: int, carry_to: Place | None = None
+        self,
+        folder: Path,
+        objective: Objective,
+        *,
+        workers: int,
+        carry_to: Place | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
+        self.say = say
         self.folder, self.objective, self.workers = folder, objective, workers
         self.carry_to = carry_to
         self.entries: dict[str, Entry] = {}
@@ -118,7 +126,7 @@ class Ledger:
             if key.startswith(KEPT_METRICS) or key == self.objective.metric
         }  # fmt: skip
         told = {key: found[key] for key in ("step", "epoch", "process", "seconds") if key in found}
-        for key in ("img_per_s", "fit_s", "run_id", "run_key", "checkpoints_uri"):
+        for key in ("img_per_s", "fit_s", "fit_began_s", "run_id", "run_key", "checkpoints_uri"):
             if found.get(key):
                 told[key] = found[key]
         self._write({"op": "scored", "trial": trial_id, **told, "metrics": metrics})
@@ -180,6 +188,8 @@ class Ledger:
     def _score(self, entry: Entry, event: dict[str, Any]) -> None:
         entry.step, entry.epoch = event["step"], event["epoch"]
         entry.seconds[event["process"]] = event["seconds"]
+        if entry.checkpoints_uri not in ("", event.get("checkpoints_uri", entry.checkpoints_uri)):
+            entry.earlier_uris.append(entry.checkpoints_uri)
         for key in ("img_per_s", "run_id", "run_key", "checkpoints_uri"):
             setattr(entry, key, event.get(key, getattr(entry, key)))
         metrics = event["metrics"]
@@ -199,9 +209,18 @@ class Ledger:
             self._dirty.wait()
             closing = self._closing.is_set()
             self._dirty.clear()
-            with suppress(Exception):  # each filesystem has its own; the next one carries all
-                within(CARRY_TIMEOUT_S, self._copy)
+            trouble = ""
+            for _ in range(LAST_ATTEMPTS if closing else 1):
+                try:
+                    within(CARRY_TIMEOUT_S, self._copy)
+                    trouble = ""
+                    break
+                except Exception as error:  # each filesystem has its own; the next one carries all
+                    trouble = reason(error)
+                    time.sleep(CARRY_EVERY_S / LAST_ATTEMPTS)
             if closing:
+                if trouble and self.carry_to is not None:
+                    self.say(f"the sweep's state is not in {self.carry_to.uri}: {trouble}")
                 return
             self._closing.wait(CARRY_EVERY_S)
 
@@ -216,7 +235,11 @@ class Ledger:
 
 
 def fetch(folder: Path, carried: Place) -> None:
-    """What another machine carried, where this one has nothing of the sweep."""
+    """What another machine carried, where this one has nothing of the sweep.
+
+    Raises:
+        StorageError: nobody can say whether there is anything.
+    """
     if (folder / SWEEP).is_file():
         return
     for name in (FILE, CARD, SWEEP):
@@ -224,8 +247,14 @@ def fetch(folder: Path, carried: Place) -> None:
             content = within(CARRY_TIMEOUT_S, partial(read_bytes, carried, name))
         except FileNotFoundError:
             continue
+        except Exception as error:  # each filesystem has its own exceptions
+            raise StorageError(
+                "checkpoint.uri", "a place that can be read", f"{carried.uri} ({reason(error)})",
+                "check the URL, AWS_ENDPOINT_URL and the credentials",
+            ) from None  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+        (folder / f".{name}").write_bytes(content)
+        (folder / f".{name}").replace(folder / name)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

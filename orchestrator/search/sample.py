@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.config.codec import decode, encode, merge, nest
 from orchestrator.config.schema import TrainJob
+from orchestrator.records.secrets import without_secret
 from orchestrator.search.space import APART
 
 KEY_LENGTH = 12  # hexadecimal digits; the chance that two of 10,000 arms meet is 2e-7
@@ -35,6 +36,13 @@ def apply(base: TrainJob, sample: Mapping[str, Any]) -> TrainJob:
 def with_seed(job: TrainJob, number: int) -> TrainJob:
     """The job of an arm's seed `number`, counted from 0."""
     return replace(job, train=replace(job.train, seed=job.train.seed + number))
+
+
+def public(job: TrainJob) -> TrainJob:
+    """Without a password, for files that others read; the environment gives it again."""
+    uri = job.tracking.uri
+    clean = None if uri is None else without_secret(uri)
+    return replace(job, tracking=replace(job.tracking, uri=clean))
 
 
 def changed(config: Any) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Supply(Searcher):
             tell,
         )
         self.error: ConfigError | None = None
+        self.note = ""
         self.interrupted = False
         self.running: dict[str, Entry] = {}
         self._arms: dict[str, list[Entry]] = {}
@@ -110,6 +111,10 @@ class Supply(Searcher):
         """Tune writes down what it is given, and we never restore it."""
         return {}
 
+    def explain(self, trial: str, reason: str) -> None:
+        """Why a trial was given up."""
+        self.ledger.end(trial, "failed", reason)
+
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()
 
@@ -120,7 +125,10 @@ class Supply(Searcher):
         try:
             return self.proposals.next()
         except ConfigError as error:  # too few samples are feasible
-            self.error = error
+            if self.ledger.entries:  # what was trained is an answer
+                self.note = f"no more than these: {error}"
+            else:
+                self.error = error
             return None
 
     def _begin(self, sample: Sample) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from contextlib import closing
@@ -11,27 +10,27 @@ from pathlib import Path
 from typing import TextIO
 
 from model.data.index import CocoIndex
-from orchestrator.config.codec import flatten
 from orchestrator.config.schema import TrainJob
 from orchestrator.config.sweep_cli import SweepOptions, SweepRequest
 from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.launch import preflight, ray_runtime
 from orchestrator.launch.bookkeeping import dataset_facts
 from orchestrator.launch.launchers import ROOT
-from orchestrator.launch.places import check_places, only_one
+from orchestrator.launch.places import check_places, checkpoints_base, only_one
 from orchestrator.launch.preflight import Hardware
 from orchestrator.launch.progress import Row, duration, print_table
+from orchestrator.launch.ray_runtime import Cluster
 from orchestrator.launch.resolve import Derived, ResolvedJob, derive, resolve_job
 from orchestrator.launch.tracked import Outcome, where_to_look
-from orchestrator.records.run import TrackedRun, keep_card, read_card
 from orchestrator.records.runs import Runs
 from orchestrator.records.secrets import without_secret
 from orchestrator.search import answers
 from orchestrator.search.chronicle import Chronicle
 from orchestrator.search.config import SweepConfig, check_objectives, decode_sweep
 from orchestrator.search.constraints import Budget, Sieve
+from orchestrator.search.continuing import STATE, carried_place, open_run, settled, sweep_key
 from orchestrator.search.display import Display
-from orchestrator.search.ledger import Entry, Ledger, fetch, read_settings, write_settings
+from orchestrator.search.ledger import Entry, Ledger, write_settings
 from orchestrator.search.outlook import first_samples, outlook
 from orchestrator.search.proposals import proposals
 from orchestrator.search.retention import Retention
@@ -40,15 +39,15 @@ from orchestrator.search.supply import Supply, known_arms
 from orchestrator.search.training import Errand
 from orchestrator.search.tuning import measured_latency, new_board, run_trials
 from orchestrator.search.verdict import leaderboard
-from orchestrator.storage.filesystems import Place, open_place
-
-STATE = "sweeps"
-MAY_CHANGE = ("trials", "space", "constraints", "search", "keep")  # when a sweep goes on
+from orchestrator.storage.filesystems import open_place
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A sweep on its data, and where it keeps what it does."""
+    """A sweep on its data, and where it keeps what it does.
+
+    folder: of its state, here. storage: of Ray's own notes, for all nodes.
+    """
 
     sweep: SweepConfig
     resolved: ResolvedJob
@@ -56,6 +55,7 @@ class Bench:
     val: CocoIndex
     shape: Derived
     folder: Path
+    storage: str
     out: TextIO
 
     @property
@@ -80,11 +80,11 @@ def run_sweep_job(
     resolved, train, val = resolve_job(_base_job(sweep))
     check_objectives(sweep, train.classes.names)
     folder = resolved.output / STATE / sweep.name
-    with only_one(resolved.output, _key(sweep.name), sweep.name):
+    with only_one(resolved.output, sweep_key(sweep.name), sweep.name):
         base = replace(sweep.base, model=resolved.job.model)  # a published name says which
-        sweep = _settled(replace(sweep, base=base), options, folder)
+        sweep = settled(replace(sweep, base=base), options, folder)
         shape = derive(resolved, len(train), len(val))
-        bench = Bench(sweep, resolved, train, val, shape, folder, out or sys.stdout)
+        bench = Bench(sweep, resolved, train, val, shape, folder, "", out or sys.stdout)
         return _search(bench, options, began)
 
 
@@ -92,7 +92,7 @@ def _search(bench: Bench, options: SweepOptions, began: float) -> Outcome:
     sweep, resolved, out = bench.sweep, bench.resolved, bench.out
     rows = preflight.check_splits(resolved, bench.train, bench.val)
     places = check_places(
-        resolved, _key(sweep.name), "auto", bench.shape.cost.params, out
+        resolved, sweep_key(sweep.name), "auto", bench.shape.cost.params, out
     )  # fmt: skip
     rows += places.rows
     if resolved.recipe.pretrained:
@@ -104,6 +104,7 @@ def _search(bench: Bench, options: SweepOptions, began: float) -> Outcome:
         hardware = preflight.choose_hardware(
             resolved.job, cpus=cluster.cpus, gpus=cluster.gpus, local=False
         )
+        bench = replace(bench, storage=_ray_storage(resolved, places.runs, cluster))
         room = cluster.room(hardware.cpus_per_worker, hardware.gpus_per_worker)
         concurrent = concurrency(sweep, room)
         if sweep.scheduler.kind == "pbt":
@@ -114,7 +115,7 @@ def _search(bench: Bench, options: SweepOptions, began: float) -> Outcome:
         )  # fmt: skip
         ledger = Ledger(
             bench.folder, sweep.objective, workers=sweep.trials.workers_per_trial,
-            carry_to=_carried(resolved, sweep.name),
+            carry_to=carried_place(sweep.base, sweep.name), say=lambda text: print(text, file=out),
         )  # fmt: skip
         with closing(ledger):
             known = known_arms(ledger, sweep.objectives)
@@ -149,11 +150,12 @@ def _train(
     total = None if sweep.trials.num is None else sweep.trials.num * sweep.trials.seeds
     knobs = [d.path for d in sweep.space.dimensions if d.domain.size != 1]
     display = Display(ledger, sweep.objective, knobs, total, bench.out)
-    run = _open_run(bench, runs)
-    chronicle = Chronicle(runs, run, resolved.output, say=display.say)
+    run = open_run(runs, sweep.name, bench.folder, carried_place(sweep.base, sweep.name))
+    home = open_place(str(bench.folder), "run.output")
+    chronicle = Chronicle(runs, run, resolved.output, home, say=display.say)
     chronicle.begin(sweep.name, sweep.to_mapping(), sieve.describe())
     retention = Retention(
-        ledger, sweep.keep, resolved.job.checkpoint, resolved.output, say=display.say
+        ledger, sweep.keep, resolved.job.checkpoint, resolved.output, run, say=display.say
     )
 
     def tell(what: str, entry: Entry) -> None:
@@ -174,7 +176,7 @@ def _train(
         },
         hardware=hardware, unit=sweep.scheduler.unit, longest=sweep.longest(),
         stopper=sweep.scheduler.kind, parent_id=run.run_id, board=new_board(),
-        logs=bench.folder / "logs", storage=_ray_storage(resolved),
+        logs=bench.folder / "logs", storage=bench.storage,
     )  # fmt: skip
     try:
         interrupted = run_trials(
@@ -187,19 +189,21 @@ def _train(
     if supply.error is not None:
         chronicle.finish("FAILED", str(supply.error), str(supply.error), [], done=False)
         raise supply.error
-    return _answer(bench, ledger, chronicle, interrupted, began)
+    notes = [supply.note] if supply.note else []
+    return _answer(bench, ledger, chronicle, notes, interrupted=interrupted, began=began)
 
 
 def _answer(
-    bench: Bench, ledger: Ledger, chronicle: Chronicle, interrupted: bool, began: float
-) -> Outcome:
+    bench: Bench, ledger: Ledger, chronicle: Chronicle, notes: list[str], *,
+    interrupted: bool, began: float,
+) -> Outcome:  # fmt: skip
     sweep, records = bench.sweep, ledger.records()
     place = 0 if sweep.scheduler.unit == "epoch" else 1
     curves = {
         entry.trial_id: [(point[place], point[2]) for point in entry.curve]
         for entry in ledger.entries.values()
     }
-    found = answers.answer(sweep, records, curves, bench.longest)
+    found = answers.answer(sweep, records, curves, bench.longest, notes)
     files = answers.write(found, bench.folder)
     states = [record.state for record in records]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -216,7 +220,6 @@ def _answer(
     status = "KILLED" if interrupted else "FINISHED"
     description = answers.markdown(sweep.name, found, rows)
     chronicle.finish(status, outcome, description, files, done=not interrupted)
-    keep_card(open_place(str(bench.folder), "run.output"), chronicle.run)
     answers.show(found, bench.out)
     print_table(f"sweep {sweep.name} {outcome}", rows, bench.out)
     report = {
@@ -268,6 +271,26 @@ def _population_at_once(sweep: SweepConfig, concurrent: int) -> int:
     return num
 
 
+def _ray_storage(resolved: ResolvedJob, runs: Runs, cluster: Cluster) -> str:
+    """Notes of Ray Tune and Ray Train; checkpoints are not among them.
+
+    Raises:
+        ClusterError: several nodes but only a local folder.
+    """
+    place = open_place(checkpoints_base(resolved, runs), "checkpoint.uri")
+    if place.local is None:
+        return place.join("ray").uri
+    several = cluster.nodes > 1 or cluster.grows
+    if several and resolved.job.checkpoint.uri is None:
+        raise ClusterError(
+            "train.checkpoint.uri", "a place that all nodes can reach",
+            f"the local folder {place.path}",
+            "give s3://… or a shared folder: --set train.checkpoint.uri=URI",
+        )  # fmt: skip
+    shared = place.join("ray").path if resolved.job.checkpoint.uri is not None else None
+    return shared or str(resolved.output / "ray")
+
+
 def _nested(sweep: SweepConfig) -> bool:
     return sweep.trials.workers_per_trial > 1 or sweep.base.launch.max_workers is not None
 
@@ -295,104 +318,3 @@ def _base_job(sweep: SweepConfig) -> TrainJob:
         keep_latest=max(2, keep.latest_of_trial),  # one may prove damaged when it is needed
     )  # fmt: skip
     return replace(base, launch=launch, checkpoint=checkpoint)
-
-
-def _settled(sweep: SweepConfig, options: SweepOptions, folder: Path) -> SweepConfig:
-    """The sweep as it goes on from what there is of it.
-
-    Raises:
-        ConfigError: there is one of this name, or none, or it is another one.
-    """
-    carried = _carried_from(sweep.base, sweep.name)
-    if carried is not None:
-        fetch(folder, carried)
-    settings = read_settings(folder)
-    if settings is None:
-        if options.resume or options.extend is not None:
-            flag = "--resume" if options.resume else "--extend"
-            raise ConfigError(
-                flag, f"a sweep that was begun as {sweep.name!r}", f"none in {folder}",
-                f"leave {flag} out, or correct --name or --output",
-            )  # fmt: skip
-        return sweep
-    if options.extend is None and not options.dry_run and _has_ended(folder):
-        raise ConfigError(
-            "name", "a sweep that has not ended", f"{sweep.name!r}, which has, in {folder}",
-            "--extend N adds trials, --name NAME begins another",
-        )  # fmt: skip
-    before = decode_sweep(settings, name=sweep.name)
-    _check_same(before.to_mapping(), sweep.to_mapping())
-    if options.extend is None:
-        # What was asked for last, which may have been more than its YAML says.
-        return replace(sweep, trials=replace(sweep.trials, num=before.trials.num))
-    begun = _arms_begun(folder, sweep)
-    return replace(sweep, trials=replace(sweep.trials, num=begun + options.extend))
-
-
-def _has_ended(folder: Path) -> bool:
-    try:
-        return read_card(open_place(str(folder), "run.output")).done
-    except (FileNotFoundError, ValueError, TypeError):
-        return False
-
-
-def _check_same(before: dict[str, object], now: dict[str, object]) -> None:
-    """What trials are compared by must not change between them."""
-    for key, value in before.items():
-        if key not in MAY_CHANGE and now[key] != value:
-            raise ConfigError(
-                key, "what the sweep was begun with", f"another: {_difference(value, now[key])}",
-                "undo the change, or begin another sweep with --name",
-            )  # fmt: skip
-
-
-def _difference(before: object, now: object) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        flat, other = flatten(before), flatten(now)
-        paths = [p for p in {**flat, **other} if flat.get(p) != other.get(p)]
-        return ", ".join(f"{p} {other.get(p)} (was {flat.get(p)})" for p in paths)
-    return f"{now} (was {before})"
-
-
-def _arms_begun(folder: Path, sweep: SweepConfig) -> int:
-    ledger = Ledger(folder, sweep.objective, workers=1)
-    ledger.close()
-    return len({entry.begun_as for entry in ledger.entries.values()})
-
-
-def _open_run(bench: Bench, runs: Runs) -> TrackedRun:
-    """The sweep's own run: the one it was begun with, or a new one."""
-    name, key = bench.sweep.name, _key(bench.sweep.name)
-    here = open_place(str(bench.folder), "run.output")
-    carried = _carried(bench.resolved, name)
-    uri = carried.uri if carried is not None else str(bench.folder)
-    try:
-        card = read_card(here)
-        run = runs.open(name=name, key=key, resume=card.run_id or card.run_key)
-    except FileNotFoundError:
-        run = runs.open(name=name, key=key, resume="auto" if carried is not None else "never")
-    run = replace(run, checkpoints_uri=uri)
-    keep_card(here, run)
-    return run
-
-
-def _carried(resolved: ResolvedJob, name: str) -> Place | None:
-    return _carried_from(resolved.job, name)
-
-
-def _carried_from(job: TrainJob, name: str) -> Place | None:
-    """Where a sweep's state is copied, if checkpoints go beyond this machine."""
-    if job.checkpoint.uri is None:
-        return None
-    place = open_place(job.checkpoint.uri, "checkpoint.uri")
-    return None if place.local is not None else place.join(STATE).join(name)
-
-
-def _ray_storage(resolved: ResolvedJob) -> str:
-    """Notes of Ray Tune and Ray Train; checkpoints are not among them."""
-    uri = resolved.job.checkpoint.uri
-    return f"{uri.rstrip('/')}/ray" if uri is not None else str(resolved.output / "ray")
-
-
-def _key(name: str) -> str:
-    return hashlib.sha256(f"sweep/{name}".encode()).hexdigest()[:24]

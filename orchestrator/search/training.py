@@ -8,6 +8,7 @@ has to be killed and nothing stays behind.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import shutil
 import threading
@@ -26,10 +27,11 @@ import torch
 from numpy.typing import NDArray
 from ray import tune
 
+from model.training.fit import forget_memory
 from model.training.runtime import ProcessGroupRuntime, local_device, set_threads
 from model.training.state import read_metrics
 from orchestrator.config.schema import TrainJob
-from orchestrator.errors import GaveUpError, UserError
+from orchestrator.errors import UserError
 from orchestrator.launch import local, preflight
 from orchestrator.launch.interruptions import Interruptions
 from orchestrator.launch.launchers import Launcher
@@ -47,7 +49,7 @@ from orchestrator.search.space import Sample
 from orchestrator.search.trial import Unit
 from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.checkpoints import CheckpointStore
-from orchestrator.storage.filesystems import open_place, reason
+from orchestrator.storage.filesystems import open_place
 
 PARENT, SWEEP_TAG, TRIAL_TAG, FROM_TAG = (
     "mlflow.parentRunId", "effdet.sweep", "effdet.trial", "effdet.exploited_from",
@@ -55,6 +57,7 @@ PARENT, SWEEP_TAG, TRIAL_TAG, FROM_TAG = (
 POINTER = "checkpoints.json"
 END_TIMEOUT_S = 300.0
 ASK_TIMEOUT_S = 10.0
+STUCK = 75
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ class Trial(tune.Trainable):
             self.group = None
 
     def _end(self) -> None:
-        if self.training is not None:
-            self.training.end()
+        if self.training is not None and not self.training.end():
+            os._exit(STUCK)  # two trainings must not share a process; Tune starts another one
         self.training, self.donor = None, None
 
     def _new_group(self) -> Group:
@@ -158,6 +161,7 @@ class Training:
         self.stop, self.answered = threading.Event(), threading.Event()
         self.interrupted = self.reached_end = False
         self.checkpoints_uri = ""
+        self.fit_began_s = 0.0
         self.found: dict[str, Any] = {}
         self.run: TrackedRun | None = None
         self.results: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
@@ -172,10 +176,10 @@ class Training:
             raise found
         return found
 
-    def end(self) -> None:
-        """Ask for the end and wait for it."""
+    def end(self) -> bool:
+        """Ask for the end and wait for it; False if it does not come."""
         if not self.thread.is_alive():
-            return
+            return True
         with suppress(Exception):  # the driver is gone; then nobody records how it ended
             self.interrupted = ray.get(
                 self.errand.board.is_interrupted.remote(), timeout=ASK_TIMEOUT_S
@@ -183,9 +187,14 @@ class Training:
         self.stop.set()
         self.answered.set()
         self.thread.join(END_TIMEOUT_S)
+        return not self.thread.is_alive()
 
     def evaluated(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Called where it is trained. The last one goes with the end."""
+        """By the thread that hears of it. The last one goes with the end; a group may still be on
+        its way to stop, and go further.
+        """
+        if self.reached_end:
+            return
         self.note(step, epoch, metrics)
         reached = epoch if self.errand.unit == "epoch" else step
         if self.errand.longest is not None and reached >= self.errand.longest:
@@ -208,31 +217,35 @@ class Training:
         if metrics.get("perf/img_per_s"):
             self.found["img_per_s"] = metrics["perf/img_per_s"]
 
+    def began_fit(self) -> None:
+        self.fit_began_s = time.monotonic() - self.began
+
     def ended_early(self) -> str | None:
-        if self.interrupted or self.errand.stopper == "pbt":  # then its turn is over, no more
-            return None
         if self.reached_end:
             return FINISHED
+        if self.interrupted or self.errand.stopper == "pbt":  # then its turn is over, no more
+            return None
         return f"stopped early by {self.errand.stopper}"
 
     def _run(self) -> None:
-        self.errand.logs.mkdir(parents=True, exist_ok=True)
-        with (self.errand.logs / f"{self.trial}.log").open("a", buffering=1) as log:
-            try:
-                status = self._train(log)
-            except UserError as error:
-                self._finish("failed", str(error))
-            except GaveUpError as error:
-                self._finish("failed", f"{error}: {reason(error.cause)}")
-            except BaseException as error:  # handed to Tune, which counts it and tries again
-                traceback.print_exc(file=log)
-                self.results.put(error)
-            else:
-                # Whoever reached the end of the schedule has reached the end.
-                if status == FINISHED:
-                    self._finish("finished")
-                elif not self.stop.is_set() or status.startswith(DIVERGED):
-                    self._finish("failed", status)
+        """Whoever waits gets something to wait for, however it ends."""
+        try:
+            forget_memory()
+            self.errand.logs.mkdir(parents=True, exist_ok=True)
+            with (self.errand.logs / f"{self.trial}.log").open("a", buffering=1) as log:
+                try:
+                    status = self._train(log)
+                except Exception:
+                    traceback.print_exc(file=log)
+                    raise
+            if status == FINISHED:
+                self._finish("finished")
+            else:  # of what was told to stop nobody takes it
+                self._finish("failed", status)
+        except UserError as error:
+            self._finish("failed", str(error))
+        except BaseException as error:  # handed to Tune, which counts it and tries again
+            self.results.put(error)
 
     def _finish(self, how: str, why: str = "") -> None:
         self.found.setdefault("sample", json.dumps(self.sample))
@@ -271,12 +284,15 @@ class Training:
             work, run, progress, began=self.began, out=log, err=log, ended_early=self.ended_early
         )
         status, metrics = str(outcome.report["status"]), outcome.report["metrics"]
-        if status == FINISHED and metrics and "step" not in self.found:
+        lacking = self.found.get("step", -1) < outcome.report["step"]
+        if status == FINISHED and metrics and lacking and not self.reached_end:
             # It had been evaluated by a process that could not say so.
             progress.evaluated(outcome.report["step"], metrics)
-        self.found["fit_s"] = outcome.report["train_s"]
+        self.found |= {"fit_s": outcome.report["train_s"], "fit_began_s": self.fit_began_s}
         if status == DIVERGED:
-            status = f"{DIVERGED} at step {outcome.report['step']}: the loss was not finite"
+            return f"{DIVERGED} at step {outcome.report['step']}: the loss was not finite"
+        if status != FINISHED and outcome.report["last_interruption"]:
+            status += f": {outcome.report['last_interruption']}"
         return status
 
     def _exploit(self, resolved: ResolvedJob, run: TrackedRun, log: TextIO) -> None:
@@ -291,6 +307,7 @@ class Training:
         theirs = CheckpointStore(open_place(self.donor, "checkpoint.uri"), config, say=say)
         step = theirs.newest_valid()
         if step is None:
+            say(f"no checkpoint to take over in {self.donor}: from the start")
             return
         with theirs.open(step) as folder:
             own.save(step, read_metrics(folder), lambda to: _copy(folder, to))
@@ -354,6 +371,7 @@ class _Here(Launcher):
         interruptions: Interruptions,
     ) -> dict[str, Any]:
         interruptions.at_work(1)
+        self.training.began_fit()
 
         def runtime(store: BackgroundStore, sink: Recorder) -> ProcessGroupRuntime:
             set_threads(1, assignment.resolved.job.launch.threads_per_worker)
@@ -381,6 +399,7 @@ class _There(Launcher):
         progress: Progress,
         interruptions: Interruptions,
     ) -> dict[str, Any]:
+        self.training.began_fit()
         return self.group.train(assignment, progress, interruptions, self.training.stop)
 
 

@@ -7,22 +7,25 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 
 from model.network.scaling import NetworkSpec
 from orchestrator.launch.actors import Board
+from orchestrator.launch.mailbox import beside, root_cause
 from orchestrator.launch.preflight import Hardware
 from orchestrator.search.config import SweepConfig
 from orchestrator.search.constraints import Latency
 from orchestrator.search.supply import Supply
-from orchestrator.search.training import Errand, Trial
+from orchestrator.search.training import ASK_TIMEOUT_S, Errand, Trial
+from orchestrator.storage.filesystems import reason
 
 # A trial with several workers is only their driver: it needs the head, and no CPU of it.
 ON_HEAD = {"node:__internal_head__": 0.001}
@@ -55,13 +58,30 @@ class Ending(tune.Stopper):
         ending = self.asked or self.supply.error is not None
         if ending and not self._told:
             self._told = self.supply.interrupted = True
-            ray.get(self.board.interrupt.remote())
+            with suppress(RayError):  # without it trials count as stopped, nothing else is lost
+                ray.get(self.board.interrupt.remote(), timeout=ASK_TIMEOUT_S)
             self.say("ending the sweep: trials save a checkpoint first")
         return ending
 
 
+class Reasons(tune.Callback):
+    """Why a trial was given up: Tune tells its searcher only that it was."""
+
+    def __init__(self, supply: Supply) -> None:
+        self.supply = supply
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        error = trial.get_error()
+        if error is not None:
+            cause = root_cause(error)
+            self.supply.explain(trial.config["trial"], f"{type(cause).__name__}: {reason(cause)}")
+
+
 def new_board() -> Any:
-    return ray.remote(num_cpus=0)(Board).remote()
+    return beside(Board)
 
 
 def run_trials(
@@ -92,7 +112,7 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=sweep.name, storage_path=errand.storage, verbose=0,
-            stop=ending,
+            stop=ending, callbacks=[Reasons(supply)],
             failure_config=tune.FailureConfig(max_failures=sweep.trials.max_failures),
         ),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import yaml
 from orchestrator.config.schema import TrainJob
 from orchestrator.search.comparison import Arm, arms, compare
 from orchestrator.search.importance import importance
-from orchestrator.search.sample import apply, changed
+from orchestrator.search.sample import apply, changed, public
 from orchestrator.search.trial import Objective, TrialRecord, Unit, describe_sample, varied
 
 FEW_VALUES = 8
@@ -156,7 +156,7 @@ def winner_yaml(base: TrainJob, won: Winner, objective: Objective, sweep: str) -
         f"# {record.num_params:,} parameters, {record.gmacs:.4g} GMACs an image.",
         *(f"# {note}" for note in won.notes),
     ]
-    base = replace(base, run=replace(base.run, name=f"{sweep}-winner"))
+    base = replace(public(base), run=replace(base.run, name=f"{sweep}-winner"))
     body = yaml.safe_dump(train_mapping(base, record), sort_keys=False, allow_unicode=True)
     return "\n".join(" ".join(line.splitlines()) for line in lines) + "\n" + body
 

@@ -54,6 +54,11 @@ def test_killed_resumed_and_extended(tmp_path: Path) -> None:
     for name in ("leaderboard.csv", "findings.md", "pareto.png", "curves.png", "winner.yaml"):
         assert (folder / name).stat().st_size > 0
     _check_records(more.report, states, extended)
+    # Checkpoints of the best three trials are left, of the others none.
+    left = {
+        path.parents[1].name for path in output.glob("artifacts/*/artifacts/checkpoints/step_*")
+    }
+    assert len(left) == 3
 
     winner = train(output, "--config", str(folder / "winner.yaml"))
     assert winner.code == 0, winner.err
@@ -165,6 +170,7 @@ def test_population_takes_over_weights_and_settings(tmp_path: Path) -> None:
     assert sorted(e["trial"] for e in ends) == ["000", "001", "002", "003"]
 
 
+@pytest.mark.slow
 def test_a_trial_outlives_its_process(tmp_path: Path) -> None:
     """kill -9 of the process that trains: the trial goes on from its checkpoint and counts once."""
     output = tmp_path / "out"

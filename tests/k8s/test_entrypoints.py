@@ -15,7 +15,7 @@ from helpers.manifests import K8S, find, rendered
 
 from model.data.shapes import ShapesConfig, ensure_shapes
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow
 
 BUCKETS = ("effdet-datasets", "effdet-checkpoints")
 # What this machine has instead of the cluster; the rest is as written.

@@ -84,7 +84,7 @@ def doctor(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_cluster_is_measured(tmp_path: Path, closed_port: int) -> None:
     store, uri = tmp_path / "store", f"http://127.0.0.1:{closed_port}"
     done = doctor(tmp_path, "--cluster", str(store), "--tracking-uri", uri)
@@ -100,7 +100,7 @@ def test_a_cluster_is_measured(tmp_path: Path, closed_port: int) -> None:
     assert list(store.iterdir()) == [], "nothing is left behind"
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_processes_add_up_together(tmp_path: Path) -> None:
     code = """
 import ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +103,12 @@ def test_a_sweep_that_goes_on_is_the_same_one(refuse: Refuse, tmp_path: Path) ->
     line = refuse({}, "--set", "train.train.batch_size=2")
     assert line.startswith("train: expected what the sweep was begun with, got another: ")
     assert "train.batch_size 2 (was 4)" in line
+    # Where it is tracked is nobody's concern, and its password is in no file.
+    assert "s3cret" not in json.dumps(
+        decode_sweep(
+            {**SWEEP, "train": {**TRAIN, "tracking": {"uri": "postgresql://bob:s3cret@db/x"}}}
+        ).to_mapping()
+    )
 
 
 def test_flags_reach_into_the_training_job_and_the_space(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_make_sweep_runs_the_smoke_sweep() -> None:
     assert "jobs/tune.py --config jobs/sweeps/smoke.yaml --dry-run" in done.stdout
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv", [a for a in tunes(PAGE) if "--dry-run" in a and ON_SMALL_DATA in a], ids=" ".join
 )
