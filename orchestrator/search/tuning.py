@@ -24,7 +24,8 @@ from orchestrator.launch.preflight import Hardware
 from orchestrator.search.config import SweepConfig
 from orchestrator.search.constraints import Latency
 from orchestrator.search.supply import Supply
-from orchestrator.search.training import ASK_TIMEOUT_S, Errand, Trial
+from orchestrator.search.trainable import Trial
+from orchestrator.search.training import ASK_TIMEOUT_S, Errand
 from orchestrator.storage.filesystems import reason
 
 # A trial with several workers is only their driver: it needs the head, and no CPU of it.

@@ -22,9 +22,13 @@ def test_twelve_stopped_leave_nothing(tmp_path: Path) -> None:
         tmp_path,
         trials={"num": 18, "workers_per_trial": 2},
         # Only what is as good as the best so far goes on.
-        scheduler={"kind": "asha", "grace": 1, "reduction": 30},
-        train={"train.bn_group": 4},
-    )
+        scheduler={"kind": "asha", "unit": "step", "grace": 3, "reduction": 30},
+        # A second or two pass until the workers hear of it.
+        train={
+            "train.bn_group": 4, "train.duration": "{steps: 90}",
+            "train.evaluate_every": "{steps: 3}", "train.checkpoint_every": "{steps: 3}",
+        },
+    )  # fmt: skip
     job = SweepJob(output, "--config", str(sweep))
     most = 0
 
