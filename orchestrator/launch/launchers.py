@@ -176,7 +176,7 @@ def _ray_storage(assignment: Assignment, cluster: Cluster) -> str:
         return place.uri.rsplit("/", 1)[0] + "/ray"
     launch = assignment.resolved.job.launch
     may_span = launch.max_workers is not None and not cluster.embedded
-    if may_span or (cluster.nodes > 1 and launch.workers > 1):
+    if may_span or (cluster.several and launch.workers > 1):
         shared = assignment.resolved.job.checkpoint.uri is not None
         if not shared:
             raise ClusterError(

@@ -177,6 +177,11 @@ class Cluster:
     address: str
     grows: bool = False
 
+    @property
+    def several(self) -> bool:
+        """More than one machine, now or later."""
+        return self.nodes > 1 or self.grows
+
     def room(self, cpus_per_worker: float, gpus_per_worker: float) -> int:
         """For how many workers there is room, or may come to be, if nobody else uses it."""
         now = room_for(cpus_per_worker, gpus_per_worker)

@@ -280,8 +280,7 @@ def _ray_storage(resolved: ResolvedJob, runs: Runs, cluster: Cluster) -> str:
     place = open_place(checkpoints_base(resolved, runs), "checkpoint.uri")
     if place.local is None:
         return place.join("ray").uri
-    several = cluster.nodes > 1 or cluster.grows
-    if several and resolved.job.checkpoint.uri is None:
+    if cluster.several and resolved.job.checkpoint.uri is None:
         raise ClusterError(
             "train.checkpoint.uri", "a place that all nodes can reach",
             f"the local folder {place.path}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from helpers.sweeps import SweepJob, children, count, events, write_sweep
 from mlflow.tracking import MlflowClient
+
+from .conftest import Storage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 STOPPED = 12
@@ -50,6 +53,42 @@ def test_twelve_stopped_leave_nothing(tmp_path: Path) -> None:
     client = MlflowClient(done.report["tracking_uri"])
     outcomes = [r.data.tags["effdet.outcome"] for r in children(client, done.report["run_id"])]
     assert outcomes.count("stopped early by asha") == states.count("stopped")
+
+
+def test_a_new_machine_goes_on(tmp_path: Path, storage: Storage) -> None:
+    """The driver's machine is lost with its disk: what is on S3 and in the tracker is enough."""
+    sweep = write_sweep(
+        tmp_path, trials={"num": 5, "concurrent": 1},
+        train={"checkpoint.uri": f"s3://{storage.bucket}/checkpoints"},
+    )  # fmt: skip
+    tracker = f"sqlite:///{tmp_path}/mlflow.db"
+    command = ("--config", str(sweep), "--tracking-uri", tracker)
+    lost = SweepJob(tmp_path / "lost", *command, **storage.env)
+
+    def carried() -> int:
+        keys = storage.keys("sweeps/tiny/trials.jsonl")
+        if not keys:
+            return 0
+        body = storage.client.get_object(Bucket=storage.bucket, Key=keys[0])["Body"].read()
+        return int(body.count(b'"op": "end"'))
+
+    lost.wait_for(lambda: carried() >= 2)
+    lost.kill()
+    before = carried()
+    assert before < 5
+    shutil.rmtree(tmp_path / "lost")
+    done = SweepJob(tmp_path / "new", *command, **storage.env).finish()
+    assert done.code == 0, done.out
+    found = events(tmp_path / "new")
+    assert len(count(found, "end")) == 5
+    # Only what the copy had not yet heard of is trained again.
+    again = [trial for trial, times in count(found, "began").items() if times > 1]
+    assert len(again) <= 5 - before
+    client = MlflowClient(tracker)
+    sweeps = client.search_runs(["1"], "attributes.run_name = 'tiny'")
+    assert [run.info.status for run in sweeps] == ["FINISHED"]
+    left = {key.split("checkpoints/")[1].split("/")[0] for key in storage.keys("/step_")}
+    assert len(left) == 3
 
 
 def test_a_killed_worker_costs_a_trial_nothing(tmp_path: Path) -> None:
