@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config.cli import DoctorOptions, Parser
-from orchestrator.errors import ClusterError
 from orchestrator.launch.ray_runtime import connect
 from orchestrator.storage.filesystems import open_place, reason, within
 
@@ -41,7 +41,7 @@ LEAST_SHM_GIB = 1.0  # a container's default is 64 MiB
 PROBE_MIB = 32
 TRACKER_TIMEOUT_S = 10.0
 STORE_TIMEOUT_S = 120.0
-NODE_TIMEOUT_S = 300.0
+NODE_TIMEOUT_S, MOST_AT_ONCE = 300.0, 32
 REDUCE_MIB, REDUCE_ROUNDS, REDUCE_TIMEOUT_S = 64, 10, 120.0
 
 
@@ -116,16 +116,24 @@ def examine(request: ClusterRequest, root: Path) -> tuple[Verdict, dict[str, Any
     """The table, and the same for a machine.
 
     Raises:
-        ClusterError: no cluster, or a node that does not answer.
+        ClusterError: no cluster.
     """
     connect(root)
     try:
         alive = [node for node in ray.nodes() if node["Alive"]]
-        reports = [_ask(node, request) for node in alive]
-        reduced = _all_reduce([_gpus(node) for node in alive])
+        with ThreadPoolExecutor(max_workers=min(len(alive), MOST_AT_ONCE)) as pool:
+            answers = list(pool.map(lambda node: _ask(node, request), alive))
+        reports = [answer for answer in answers if isinstance(answer, NodeReport)]
+        # A head that runs no tasks takes no part in training either.
+        reduced = _all_reduce([_gpus(node) for node in alive if node["Resources"].get("CPU")])
     finally:
         ray.shutdown()
     verdict = judge(reports, reduced)
+    for silent in (answer for answer in answers if not isinstance(answer, NodeReport)):
+        verdict.rows.append((silent.host, f"does not answer: {silent.why}"))
+        verdict.problems.append(
+            f"{silent.host}: no answer within {NODE_TIMEOUT_S:g} s; is it busy? end its jobs, or drain it"
+        )
     facts = {
         "nodes": [vars(report) | {"gpus": list(report.gpus)} for report in reports],
         "all_reduce": vars(reduced) if reduced else None,
@@ -194,12 +202,19 @@ def _describe(report: NodeReport, usual: dict[str, str]) -> tuple[list[str], lis
     return cells, problems
 
 
+@dataclass(frozen=True)
+class Silent:
+    """A node that does not answer, and what came instead."""
+
+    host: str
+    why: str
+
+
 def _gpus(node: dict[str, Any]) -> int:
     return int(node["Resources"].get("GPU", 0))
 
 
-def _ask(node: dict[str, Any], request: ClusterRequest) -> NodeReport:
-    """Raises ClusterError: it does not answer."""
+def _ask(node: dict[str, Any], request: ClusterRequest) -> NodeReport | Silent:
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     gpus = _gpus(node)
     asked = _probe.options(scheduling_strategy=there, num_gpus=gpus)
@@ -212,10 +227,7 @@ def _ask(node: dict[str, Any], request: ClusterRequest) -> NodeReport:
         theirs = ray.get(clock.remote(), timeout=NODE_TIMEOUT_S)
         skew_s = theirs - (before + time.time()) / 2
     except Exception as error:  # lost, busy, out of memory: whatever it is, it is this node
-        raise ClusterError(
-            "--cluster", f"an answer of {node['NodeManagerHostname']} within {NODE_TIMEOUT_S:g} s",
-            reason(error)[:200], "is it busy? end its jobs, or drain it",
-        ) from None  # fmt: skip
+        return Silent(str(node["NodeManagerHostname"]), reason(error)[:200])
     return NodeReport(skew_s=skew_s, expected_gpus=gpus, **found)
 
 

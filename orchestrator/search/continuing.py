@@ -29,7 +29,7 @@ def settled(sweep: SweepConfig, options: SweepOptions, folder: Path) -> SweepCon
     """The sweep as it goes on from what there is of it.
 
     Raises:
-        ConfigError: there is one of this name, or none, or it is another one.
+        ConfigError: there is none to go on with, or it is another one.
     """
     carried = carried_place(sweep.base, sweep.name)
     if carried is not None:
@@ -43,23 +43,19 @@ def settled(sweep: SweepConfig, options: SweepOptions, folder: Path) -> SweepCon
                 f"leave {flag} out, or correct --name or --output",
             )  # fmt: skip
         return sweep
-    if options.extend is None and not options.dry_run and _has_ended(folder):
-        raise ConfigError(
-            "name", "a sweep that has not ended", f"{sweep.name!r}, which has, in {folder}",
-            "--extend N adds trials, --name NAME begins another",
-        )  # fmt: skip
     before = decode_sweep(settings, name=sweep.name)
     _check_same(before.to_mapping(), sweep.to_mapping())
     # What was asked for last, which may be more than its YAML says.
     num = before.trials.num
     if num is not None and sweep.trials.num is not None:
         num = max(num, sweep.trials.num)
-    if options.extend is not None and (_has_ended(folder) or options.dry_run):
+    if options.extend is not None and (has_ended(folder) or options.dry_run):
         num = _arms_begun(folder, sweep) + options.extend
     return replace(sweep, trials=replace(sweep.trials, num=num))
 
 
-def _has_ended(folder: Path) -> bool:
+def has_ended(folder: Path) -> bool:
+    """All that was asked for is trained."""
     try:
         return read_card(open_place(str(folder), "run.output")).done
     except (FileNotFoundError, ValueError, TypeError):

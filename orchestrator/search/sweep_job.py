@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,14 @@ from orchestrator.search import answers
 from orchestrator.search.chronicle import Chronicle
 from orchestrator.search.config import SweepConfig, check_objectives, decode_sweep
 from orchestrator.search.constraints import Budget, Sieve
-from orchestrator.search.continuing import STATE, carried_place, open_run, settled, sweep_key
+from orchestrator.search.continuing import (
+    STATE,
+    carried_place,
+    has_ended,
+    open_run,
+    settled,
+    sweep_key,
+)
 from orchestrator.search.display import Display
 from orchestrator.search.ledger import Entry, Ledger, write_settings
 from orchestrator.search.outlook import first_samples, outlook
@@ -85,7 +93,35 @@ def run_sweep_job(
         sweep = settled(replace(sweep, base=base), options, folder)
         shape = derive(resolved, len(train), len(val))
         bench = Bench(sweep, resolved, train, val, shape, folder, "", out or sys.stdout)
+        if has_ended(folder) and options.extend is None and not options.dry_run:
+            return _tell_again(bench)
         return _search(bench, options, began)
+
+
+def _tell_again(bench: Bench) -> Outcome:
+    """Of a sweep that has ended; a command that is repeated, as a cluster does, is no mistake."""
+    sweep = bench.sweep
+    ledger = Ledger(bench.folder, sweep.objective, workers=sweep.trials.workers_per_trial)
+    ledger.close()
+    found = _found(bench, ledger, [])
+    answers.show(found, bench.out)
+    rows = [
+        ("ended before", "--extend N adds trials, --name NAME begins another sweep"),
+        ("files", str(bench.folder)),
+    ]
+    print_table(f"sweep {sweep.name}", rows, bench.out)
+    report = {"status": "ended before", "name": sweep.name, "trials": len(ledger.entries),
+              "winner": found.won, "folder": str(bench.folder)}  # fmt: skip
+    return Outcome(0 if found.won is not None else 1, report)
+
+
+def _found(bench: Bench, ledger: Ledger, notes: Sequence[str]) -> answers.Answers:
+    place = 0 if bench.sweep.scheduler.unit == "epoch" else 1
+    curves = {
+        entry.trial_id: [(point[place], point[2]) for point in entry.curve]
+        for entry in ledger.entries.values()
+    }
+    return answers.answer(bench.sweep, ledger.records(), curves, bench.longest, notes)
 
 
 def _search(bench: Bench, options: SweepOptions, began: float) -> Outcome:
@@ -198,12 +234,7 @@ def _answer(
     interrupted: bool, began: float,
 ) -> Outcome:  # fmt: skip
     sweep, records = bench.sweep, ledger.records()
-    place = 0 if sweep.scheduler.unit == "epoch" else 1
-    curves = {
-        entry.trial_id: [(point[place], point[2]) for point in entry.curve]
-        for entry in ledger.entries.values()
-    }
-    found = answers.answer(sweep, records, curves, bench.longest, notes)
+    found = _found(bench, ledger, notes)
     files = answers.write(found, bench.folder)
     states = [record.state for record in records]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))

@@ -41,6 +41,11 @@ def test_killed_resumed_and_extended(tmp_path: Path) -> None:
     assert "samples rejected" in done.out
     assert all(count(found, "began")[trial] == 1 for trial in before), "trained again"
 
+    # Given once more, as a cluster does, it says what it found and trains nothing.
+    told = SweepJob(output, "--config", str(sweep)).finish()
+    assert (told.code, told.report["winner"]) == (0, done.report["winner"]), told.out
+    assert events(output) == found
+
     more = SweepJob(output, "--config", str(sweep), "--extend", "4").finish()
     assert more.code == 0, more.out
     assert more.report["run_id"] == done.report["run_id"]

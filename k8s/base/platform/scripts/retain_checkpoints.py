@@ -1,4 +1,4 @@
-"""Remove checkpoints that nobody will go on from: `retain_checkpoints.py s3://bucket/runs`.
+"""Remove checkpoints that nobody will go on from: `retain_checkpoints.py s3://bucket/runs …`.
 
 Of a run that MLflow calls finished for --finished-days, the newest and the best stay. A folder whose run
 MLflow does not know any more goes when nothing was written to it for --orphan-days. Every other run is
@@ -111,10 +111,13 @@ def run(base_uri: str, *, finished_days: float, orphan_days: float, dry_run: boo
     from mlflow.tracking import MlflowClient
 
     base, client = open_place(base_uri, "BASE"), MlflowClient()
-    experiments = [
-        found.experiment_id
-        for found in client.search_experiments(view_type=ViewType.ALL, max_results=1000)
-    ]
+    experiments, token = list[str](), None
+    while True:
+        page = client.search_experiments(view_type=ViewType.ALL, max_results=1000, page_token=token)
+        experiments += [found.experiment_id for found in page]
+        token = page.token
+        if not token:
+            break
     if not experiments:
         raise SystemExit("the tracker knows no experiment: is it the right one?")
     entries = (
@@ -149,15 +152,16 @@ def run(base_uri: str, *, finished_days: float, orphan_days: float, dry_run: boo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", metavar="BASE", help="as in checkpoint.uri")
+    parser.add_argument("bases", metavar="BASE", nargs="+", help="as in checkpoint.uri")
     parser.add_argument("--finished-days", type=float, default=30.0)
     parser.add_argument("--orphan-days", type=float, default=90.0)
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
-    run(
-        given.base, finished_days=given.finished_days, orphan_days=given.orphan_days,
-        dry_run=given.dry_run,
-    )  # fmt: skip
+    for base in given.bases:
+        run(
+            base, finished_days=given.finished_days, orphan_days=given.orphan_days,
+            dry_run=given.dry_run,
+        )  # fmt: skip
     return 0
 
 
