@@ -253,17 +253,22 @@ def _job_parser(program: str, description: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="YAML", help="a training YAML, as in jobs/configs/")
-    for flag in TRAIN_FLAGS:
+    add_overrides(parser, TRAIN_FLAGS, "any other setting by its path")
+    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
+    return parser
+
+
+def add_overrides(parser: Parser, flags: Sequence[Flag], set_help: str) -> None:
+    """Flags bound to paths, and --set for all others; both are collected in `overrides`, in order."""
+    for flag in flags:
         parser.add_argument(
             flag.name, action=Override, const=flag, metavar=flag.metavar,
             help=f"{flag.help} ({flag.path})", dest="overrides",
         )  # fmt: skip
     parser.add_argument(
         "--set", action=Override, const=None, metavar="PATH=VALUE", dest="overrides",
-        help="any other setting by its path",
+        help=set_help,
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
-    return parser
 
 
 def benchmark_parser(program: str, description: str) -> Parser:

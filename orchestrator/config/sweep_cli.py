@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.cli import Flag, Override, plain_parser
+from orchestrator.config.cli import Flag, add_overrides, plain_parser
 from orchestrator.config.codec import merge, nest, read_yaml
 from orchestrator.errors import ConfigError
 
@@ -49,14 +49,9 @@ def parse_tune(description: str, argv: Sequence[str]) -> tuple[SweepRequest, Swe
     """
     parser = plain_parser("jobs/tune.py", description)
     parser.add_argument("--config", metavar="YAML", help="a sweep, as in jobs/sweeps/")
-    for flag in SWEEP_FLAGS:
-        parser.add_argument(
-            flag.name, action=Override, const=flag, metavar=flag.metavar,
-            help=f"{flag.help} ({flag.path})", dest="overrides",
-        )  # fmt: skip
-    parser.add_argument(
-        "--set", action=Override, const=None, metavar="PATH=VALUE", dest="overrides",
-        help="any other setting by its path; those of the training job begin with train.",
+    add_overrides(
+        parser, SWEEP_FLAGS,
+        "any other setting by its path; those of the training job begin with train.",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",
