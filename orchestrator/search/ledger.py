@@ -95,6 +95,7 @@ class Ledger:
         self.carry_to = carry_to
         self.entries: dict[str, Entry] = {}
         self.ended = 0
+        self.best: float | None = None  # of trials that have ended
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
         self._dirty, self._closing = threading.Event(), threading.Event()
@@ -184,6 +185,14 @@ class Ledger:
             self.ended += entry.state is None
             entry.state, entry.reason = event["state"], event["reason"]
             entry.ended_at = event["at"]
+            self._rank(entry)
+
+    def _rank(self, entry: Entry) -> None:
+        value = entry.record().value(self.objective)
+        if value is not None and (
+            self.best is None or self.objective.sign * (value - self.best) > 0
+        ):
+            self.best = value
 
     def _score(self, entry: Entry, event: dict[str, Any]) -> None:
         entry.step, entry.epoch = event["step"], event["epoch"]

@@ -25,6 +25,7 @@ from orchestrator.storage.filesystems import open_place, reason
 
 SPOOLS, SPOOL = "sweep", "sweep.jsonl"
 CLOSE_TIMEOUT_S = 300.0
+MANY, LOOK_EVERY_S = 200, 30.0
 LEAVING_S, POLL_S = 30.0, 0.5  # a trial that is stopped saves once more on its way out
 CLOSING_S = 300.0  # what a trial's process may take to leave
 
@@ -50,12 +51,17 @@ class Retention:
         self._left: dict[str, tuple[int, int]] = {}
         self._orders: queue.Queue[tuple[float, Entry, int, int] | None] = queue.Queue()
         self._closing = False
+        self._looked_at = 0.0
         self._orphans = self._cut_short()
         self._thread = threading.Thread(target=self._run, name="retention", daemon=True)
         self._thread.start()
 
     def look(self) -> None:
-        """After a trial ended."""
+        """After a trial ended; of very many not after each one."""
+        now = time.monotonic()
+        if self.ledger.ended > MANY and now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
         for entry, kept in self._wanted():
             if self._left.get(entry.trial_id) != kept:
                 self._left[entry.trial_id] = kept

@@ -46,7 +46,6 @@ from orchestrator.search.schedulers import make_scheduler, recall
 from orchestrator.search.supply import Supply, known_arms
 from orchestrator.search.training import Errand
 from orchestrator.search.tuning import measured_latency, new_board, run_trials
-from orchestrator.search.verdict import leaderboard
 from orchestrator.storage.filesystems import open_place
 
 
@@ -198,8 +197,7 @@ def _train(
         display.tell(what, entry)
         if what == "ended":
             retention.look()
-            rows = leaderboard(ledger.records(), sweep.objective)
-            chronicle.progress(ledger.ended, rows[0].value)
+            chronicle.progress(ledger.ended, ledger.best)
 
     supply.tell = tell
     scheduler = make_scheduler(sweep)
