@@ -27,7 +27,7 @@ from helpers import ROOT, environment, free_ports, settings, train
 from helpers.manifests import K8S, Doc, everything, find, pods_of
 from helpers.postgres import Postgres
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow
 
 OVERLAY = "local"
 SCRIPTS = K8S / "base" / "platform" / "scripts"

@@ -87,7 +87,7 @@ def archive(path: Path, files: dict[str, bytes]) -> str:
     return str(path)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_archives_are_unpacked_into_the_bucket_once(
     prefetch: ModuleType, s3: Any, tmp_path: Path
 ) -> None:
@@ -114,7 +114,7 @@ def test_an_archive_that_points_outside_is_refused(prefetch: ModuleType, name: s
             prefetch.members(opened)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_buckets_are_made_once(s3: Any) -> None:
     buckets = load(K8S / "overlays" / "local" / "buckets.py")
     for _ in range(2):
@@ -151,7 +151,7 @@ def test_only_what_nobody_needs_goes(
     assert names == [f"step_{step:08}" for step in gone]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_checkpoints_of_a_finished_run_go_with_their_entries(
     retain: ModuleType, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +183,7 @@ def test_checkpoints_of_a_finished_run_go_with_their_entries(
     assert retain.run("s3://bucket/runs", **days, dry_run=False) == 0
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_nothing_is_removed_while_the_tracker_is_away(
     retain: ModuleType, s3: Any, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +229,7 @@ def test_a_pods_end_is_not_held_up_by_an_error(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_ray_hears_that_its_node_goes(tmp_path: Path) -> None:
     code = f"""
 import sys, time
