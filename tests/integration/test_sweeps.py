@@ -61,7 +61,7 @@ def test_killed_resumed_and_extended(tmp_path: Path) -> None:
     _check_records(more.report, states, extended)
     # Checkpoints of the best three trials are left, of the others none.
     left = {
-        path.parents[1].name for path in output.glob("artifacts/*/artifacts/checkpoints/step_*")
+        path.parents[2].name for path in output.glob("artifacts/*/artifacts/checkpoints/step_*")
     }
     assert len(left) == 3
 
