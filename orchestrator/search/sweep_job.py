@@ -214,7 +214,15 @@ def _train(
     )  # fmt: skip
     try:
         interrupted = run_trials(
-            sweep, supply, scheduler, errand, nested=_nested(sweep), say=display.say
+            sweep,
+            supply,
+            scheduler,
+            errand,
+            nested=_nested(sweep),
+            say=display.say,
+            storage=bench.storage
+            if sweep.scheduler.kind == "pbt"
+            else str(resolved.output / "ray"),
         )
     finally:
         display.close()

@@ -92,9 +92,13 @@ def run_trials(
     errand: Errand,
     *,
     nested: bool,
+    storage: str,
     say: Callable[[str], None],
 ) -> bool:
-    """Until there are no more trials; True if the sweep was asked to end before."""
+    """Until there are no more trials; True if the sweep was asked to end before.
+
+    storage: of Tune's own notes, which nobody reads again, and of what PBT hands on.
+    """
     for name, value in TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.update(WORKER_SETTINGS)
@@ -112,7 +116,7 @@ def run_trials(
             trial_name_creator=_name, trial_dirname_creator=_name,
         ),
         run_config=tune.RunConfig(
-            name=sweep.name, storage_path=errand.storage, verbose=0,
+            name=sweep.name, storage_path=storage, verbose=0,
             stop=ending, callbacks=[Reasons(supply)],
             failure_config=tune.FailureConfig(max_failures=sweep.trials.max_failures),
         ),
