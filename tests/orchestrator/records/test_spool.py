@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.records.spool import Spool
@@ -88,3 +91,35 @@ def test_closed_spool_refuses(path: Path) -> None:
     spool.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         spool.append(record(1))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.inf,
+        -math.inf,
+        0.1,
+        1e-308,
+        -0.0,
+        2**70,
+        None,
+        "null",
+        "\ud800",
+        np.float64(0.3),
+        {1: "a"},
+    ],
+    ids=repr,
+)
+def test_what_json_can_write_down_is_read_back(path: Path, value: object) -> None:
+    spool = Spool(path)
+    spool.append({"op": "metrics", "value": value})
+    (found,), _ = spool.read(0, limit=2)
+    assert found == json.loads(json.dumps({"op": "metrics", "value": value}))
+
+
+def test_a_number_that_is_none(path: Path) -> None:
+    spool = Spool(path)
+    spool.append(record(1) | {"metrics": {"train/loss": math.nan, "lr": 0.5}})
+    (found,), _ = spool.read(0, limit=2)
+    assert math.isnan(found["metrics"]["train/loss"])
+    assert found["metrics"]["lr"] == 0.5
