@@ -59,9 +59,13 @@ class FaultyProxy:
                     return
                 upstream = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
-                upstream.request(self.command, self.path, body or None, headers)
-                answer = upstream.getresponse()
-                data = answer.read()
+                try:
+                    upstream.request(self.command, self.path, body or None, headers)
+                    answer = upstream.getresponse()
+                    data = answer.read()
+                except OSError:  # killed, or it hangs: the client sees a connection that breaks
+                    self.close_connection = True
+                    return
                 kept = {
                     key: value
                     for key, value in answer.getheaders()
