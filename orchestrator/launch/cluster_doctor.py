@@ -7,16 +7,9 @@ add up a tensor together. Nothing of a training is started, nothing is left behi
 from __future__ import annotations
 
 import argparse
-import base64
-import importlib.metadata
 import os
-import platform
-import shutil
 import socket
 import time
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,18 +22,14 @@ import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config.cli import DoctorOptions, Parser
+from orchestrator.launch.node_probe import clock, probe
 from orchestrator.launch.ray_runtime import connect
-from orchestrator.storage.filesystems import open_place, reason, within
+from orchestrator.storage.filesystems import reason
 
-GIB = 2**30
-PACKAGES = ("ray", "torch", "torchvision", "timm", "numpy", "mlflow", "s3fs")
 MOST_SKEW_S = (
     2.0  # signed requests to S3 bear minutes, records of two nodes do not look right with more
 )
 LEAST_SHM_GIB = 1.0  # a container's default is 64 MiB
-PROBE_MIB = 32
-TRACKER_TIMEOUT_S = 10.0
-STORE_TIMEOUT_S = 120.0
 NODE_TIMEOUT_S, MOST_AT_ONCE = 300.0, 32
 REDUCE_MIB, REDUCE_ROUNDS, REDUCE_TIMEOUT_S = 64, 10, 120.0
 
@@ -58,7 +47,7 @@ class NodeReport:
     """What one node says. skew_s: of its clock against the driver's; mib_per_s: (write, read).
 
     gpus: names as CUDA sees them; expected_gpus: as Ray does. tracker and store: None if all is well
-    or nothing was asked, else what is not.
+    or nothing was asked, else what is not. tracker_s: until it answered, None if it was not asked.
     """
 
     host: str
@@ -69,6 +58,7 @@ class NodeReport:
     gpus: tuple[str, ...] = ()
     expected_gpus: int = 0
     tracker: str | None = None
+    tracker_s: float | None = None
     store: str | None = None
     mib_per_s: tuple[float, float] | None = None
 
@@ -197,6 +187,8 @@ def _describe(report: NodeReport, usual: dict[str, str]) -> tuple[list[str], lis
         cells.append(f"store {write:.0f} MiB/s out, {read:.0f} MiB/s in")
     if report.store:
         problems.append(f"store: {report.store}")
+    if report.tracker_s is not None:
+        cells.append(f"tracker answers in {report.tracker_s * 1000:.0f} ms")
     if report.tracker:
         problems.append(f"tracker: {report.tracker}")
     return cells, problems
@@ -217,106 +209,18 @@ def _gpus(node: dict[str, Any]) -> int:
 def _ask(node: dict[str, Any], request: ClusterRequest) -> NodeReport | Silent:
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     gpus = _gpus(node)
-    asked = _probe.options(scheduling_strategy=there, num_gpus=gpus)
-    clock = _clock.options(scheduling_strategy=there)
+    asked = probe.options(scheduling_strategy=there, num_gpus=gpus)
+    ticking = clock.options(scheduling_strategy=there)
     try:
         found: dict[str, Any] = ray.get(
             asked.remote(request.store, request.tracking_uri), timeout=NODE_TIMEOUT_S
         )
         before = time.time()
-        theirs = ray.get(clock.remote(), timeout=NODE_TIMEOUT_S)
+        theirs = ray.get(ticking.remote(), timeout=NODE_TIMEOUT_S)
         skew_s = theirs - (before + time.time()) / 2
     except Exception as error:  # lost, busy, out of memory: whatever it is, it is this node
         return Silent(str(node["NodeManagerHostname"]), reason(error)[:200])
     return NodeReport(skew_s=skew_s, expected_gpus=gpus, **found)
-
-
-@ray.remote(num_cpus=0)
-def _clock() -> float:
-    return time.time()
-
-
-@ray.remote(num_cpus=0)
-def _probe(store: str | None, tracking_uri: str | None) -> dict[str, Any]:
-    """Runs on the node that it is about."""
-    shm = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").exists() else 0.0
-    speed, trouble = _store_speed(store)
-    cuda = torch.cuda
-    return {
-        "host": socket.gethostname(),
-        "versions": _versions(),
-        "shm_gib": shm,
-        "disk_free_gib": shutil.disk_usage("/tmp").free / GIB,
-        "gpus": tuple(cuda.get_device_name(i) for i in range(cuda.device_count())),
-        "tracker": tracker_trouble(tracking_uri),
-        "store": trouble,
-        "mib_per_s": speed,
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    if torch.version.cuda is not None and torch.cuda.is_available():
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return found
-
-
-def _store_speed(uri: str | None) -> tuple[tuple[float, float] | None, str | None]:
-    """((write, read) in MiB/s, None), or (None, what is wrong)."""
-    if uri is None:
-        return None, None
-
-    def write_and_read() -> tuple[float, float]:
-        place = open_place(uri, "--cluster")
-        if place.local is not None:
-            place.local.mkdir(parents=True, exist_ok=True)
-        path = f"{place.path}/.doctor-{uuid.uuid4().hex}"
-        content = os.urandom(PROBE_MIB * 2**20)
-        try:
-            began = time.monotonic()
-            place.filesystem.pipe_file(path, content)
-            written = time.monotonic()
-            same = place.filesystem.cat_file(path) == content
-            read = time.monotonic()
-        finally:
-            if place.filesystem.exists(path):
-                place.filesystem.rm_file(path)
-        if not same:
-            raise OSError("what was read is not what was written")
-        return PROBE_MIB / (written - began), PROBE_MIB / (read - written)
-
-    try:
-        return within(STORE_TIMEOUT_S, write_and_read), None
-    except Exception as error:  # each filesystem has its own exceptions
-        return None, f"{uri}: {reason(error)[:200]}"
-
-
-def tracker_trouble(uri: str | None) -> str | None:
-    """None where a server answers with this environment's password, or there is none to ask."""
-    if uri is None or not uri.startswith("http"):
-        return None
-    request = urllib.request.Request(
-        f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
-    )
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if user is not None:
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
-        request.add_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
-    elif token is not None:
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=TRACKER_TIMEOUT_S):
-            return None
-    except urllib.error.HTTPError as error:
-        return f"HTTP {error.code}"
-    except OSError as error:
-        return reason(error)[:200]
 
 
 def _all_reduce(gpus_per_node: Sequence[int]) -> Reduced | None:

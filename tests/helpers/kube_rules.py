@@ -22,6 +22,8 @@ LONGEST_NAME = {"RayJob": 47, "RayCluster": 53, "RayCronJob": 36}
 FIRST_WITH_TOKENS = (2, 52)
 # Alpha features of the operator: off by default, so a manifest that needs one fails.
 GATED_CLUSTER_FIELDS = ("networkPolicy", "tlsOptions", "historyServerOptions")
+# Mounts all that the first container does, /dev/shm too, and only asks whether the head is there.
+WRITE_NOTHING = ("wait-gcs-ready",)
 SAFE_VOLUMES = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim",
     "projected", "secret",
@@ -83,6 +85,40 @@ def bad_resources(spec: Doc) -> list[str]:
                 found.append(f"{name}: requests more {key} than its limit")
         if requests.get("nvidia.com/gpu") != limits.get("nvidia.com/gpu"):
             found.append(f"{name}: GPUs must be requested as limited")
+    return found
+
+
+def bad_volumes(spec: Doc) -> list[str]:
+    """Every emptyDir has a size, and all of a kind fit into the limits even when they are full.
+
+    Those in memory count as memory of the containers that mount them, the others as ephemeral storage
+    of the pod, which has the sum of its containers' limits.
+    """
+    found, on_disk = [], 0.0
+    in_memory: dict[str, float] = {}
+    for volume in spec.get("volumes", ()):
+        if "emptyDir" not in volume:
+            continue
+        size = volume["emptyDir"].get("sizeLimit")
+        if size is None:
+            found.append(f"{volume['name']}: emptyDir without sizeLimit")
+        elif volume["emptyDir"].get("medium") == "Memory":
+            in_memory[volume["name"]] = quantity(size)
+        else:
+            on_disk += quantity(size)
+    for container in [*spec.get("initContainers", ()), *spec["containers"]]:
+        limit = quantity(container["resources"]["limits"]["memory"])
+        mounted = {mount["name"] for mount in container.get("volumeMounts", ())}
+        full = sum(size for name, size in in_memory.items() if name in mounted)
+        if full > limit and container["name"] not in WRITE_NOTHING:
+            found.append(f"{container['name']}: volumes in memory larger than its memory")
+    limits = [container["resources"]["limits"] for container in spec["containers"]]
+    if all("ephemeral-storage" in limit for limit in limits):
+        room = sum(quantity(limit["ephemeral-storage"]) for limit in limits)
+        if on_disk > room:
+            found.append(
+                f"volumes of {on_disk / 2**30:.1f} GiB, ephemeral storage {room / 2**30:.1f}"
+            )
     return found
 
 

@@ -22,6 +22,10 @@ K8S = ROOT / "k8s"
 OVERLAYS = ("local", "gpu", "spot", "kueue", "aws")
 PARTS = (".", "train", "sweep", "prefetch")
 JOBS = ("train", "sweep")
+JOB_ROOTS = (
+    *(f"overlays/{overlay}/{job}" for overlay in OVERLAYS for job in JOBS),
+    *(f"base/{job}" for job in JOBS),
+)
 RENDERED = (
     *((f"overlays/{overlay}/{part}").rstrip("/.") for overlay in OVERLAYS for part in PARTS),
     *("base/platform", "base/train", "base/sweep", "base/prefetch"),
@@ -112,6 +116,28 @@ def find(docs: list[Doc], kind: str, name: str) -> Doc:
     return found
 
 
+def named(docs: list[Doc], kind: str) -> dict[str, Doc]:
+    return {doc["metadata"]["name"]: doc for doc in docs if doc["kind"] == kind}
+
+
+def rayjob(root: str) -> Doc:
+    """The one that a folder renders, beside its NetworkPolicy."""
+    (found,) = named(rendered()[root], "RayJob").values()
+    return found
+
+
+def secret_keys(text: str) -> dict[str, set[str]]:
+    """Keys of the Secrets in a YAML, by their names."""
+    docs = [doc for doc in yaml.safe_load_all(text) if doc]
+    return {doc["metadata"]["name"]: set(doc["stringData"]) for doc in docs}
+
+
+@cache
+def expected_secrets() -> dict[str, set[str]]:
+    """What the platform expects there to be."""
+    return secret_keys((K8S / "secrets" / "secrets.example.yaml").read_text())
+
+
 def ray_spec(doc: Doc) -> Doc | None:
     """Of the cluster that a RayCluster or RayJob describes."""
     if doc["kind"] == "RayCluster":
@@ -174,6 +200,10 @@ def _worker(group: Doc) -> Doc:
     }
     template["spec"].setdefault("initContainers", []).append(waiting)
     return template
+
+
+def overlay_pods(overlay: str) -> list[Pod]:
+    return [pod for doc in everything(overlay) for pod in pods_of(doc, overlay)]
 
 
 @cache

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from helpers import ROOT
 from helpers.manifests import K8S, distinct, pods
+from ray._private.thirdparty.pathspec import PathSpec
 
 DOCKERFILE = (K8S / "Dockerfile").read_text()
 FINAL = ("cpu", "cuda", "mlflow")
@@ -194,17 +195,45 @@ def test_entrypoints_run_where_the_code_is() -> None:
             assert "workingDir" not in str(doc["spec"].get("runtimeEnvYAML", "")), name
 
 
+def left_behind() -> PathSpec:
+    """What Ray does not send along, by its own reading of .rayignore."""
+    return PathSpec.from_lines("gitwildmatch", (ROOT / ".rayignore").read_text().splitlines())
+
+
 def test_a_submitted_folder_is_small() -> None:
-    """Ray leaves behind what .rayignore names; without it the virtual environment would go along."""
-    lines = (ROOT / ".rayignore").read_text().splitlines()
-    patterns = [line for line in lines if line and not line.startswith("#")]
-    assert {".git", ".venv", "runs", "tests"} <= set(patterns)
-
-    def left_behind(name: str) -> bool:
-        return any(fnmatch.fnmatch(name, pattern.removeprefix("**/")) for pattern in patterns)
-
+    """Without .rayignore the virtual environment would go along."""
+    spec = left_behind()
+    for path in (".git/HEAD", ".venv/bin/python", "runs/x", "tests/k8s/x.py", "docs/index.md"):
+        assert spec.match_file(path), path
     size = 0
     for folder, below, files in os.walk(ROOT):
-        below[:] = [name for name in below if not left_behind(name)]
-        size += sum((Path(folder) / name).stat().st_size for name in files if not left_behind(name))
+        here = Path(folder).relative_to(ROOT)
+        below[:] = [name for name in below if not spec.match_file(f"{here / name}/x")]
+        size += sum(
+            (ROOT / here / name).stat().st_size for name in files
+            if not spec.match_file(str(here / name))
+        )  # fmt: skip
     assert 100_000 < size < 20 * 2**20
+
+
+CODE = ("model", "orchestrator", "jobs")
+# Files of packages that are no Python, and names that are also folders at the top.
+ALSO = [
+    f"orchestrator/serving/static/{name}"
+    for name in ("index.html", "app.js", "style.css", "docs/help.html", "icon.svg")
+]
+
+
+def test_all_code_reaches_the_image_and_a_submitted_folder() -> None:
+    spec = left_behind()
+    there = [
+        path.relative_to(ROOT).as_posix()
+        for name in CODE for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]  # fmt: skip
+    assert len(there) > 100
+    for path in (*there, *ALSO):
+        assert not ignored(path), f"{path}: .dockerignore"
+        assert not spec.match_file(path), f"{path}: .rayignore"
+    copies = [words[1:] for words in lineage("cuda") if words[0] == "COPY"]
+    assert all([name, name] in copies for name in CODE), "whole folders"

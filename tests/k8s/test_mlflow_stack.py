@@ -1,225 +1,35 @@
-"""The tracker as its manifests start it: their commands, flags and settings, as processes here.
-
-Changed is only what a cluster brings: addresses of Services, mounted folders and secrets.
-"""
+"""The tracker as its manifests start it, with Postgres and S3, and what else runs beside it."""
 
 from __future__ import annotations
 
 import base64
 import http.client
+import json
 import os
 import re
-import signal
-import socket
+import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 import yaml
-from helpers import ROOT, environment, free_ports, settings, train
+from helpers import ROOT, environment, settings, train
 from helpers.manifests import K8S, Doc, everything, find, pods_of
 from helpers.postgres import Postgres
+from helpers.tracker_stack import Stack, ask
 
 pytestmark = pytest.mark.slow
 
 OVERLAY = "local"
-SCRIPTS = K8S / "base" / "platform" / "scripts"
-START_S = 240.0
+README = (K8S / "README.md").read_text()
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"
 EXPERIMENT = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=stack"
-
-
-class Service:
-    """What the name of a Service stands for in a cluster: its pods, one after the other.
-
-    Clients reach it as their HTTP proxy, so that they use the name that the manifests say.
-    """
-
-    def __init__(self) -> None:
-        self.ports: list[int] = []
-        self.taken = 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
-
-    def _pass_on(self, client: socket.socket) -> None:
-        """One request: a proxy's target is a whole URL, a server's is a path."""
-        self.taken += 1
-        port = self.ports[self.taken % len(self.ports)]
-        with client, suppress(OSError), socket.create_connection(("127.0.0.1", port)) as server:
-            text = b""
-            while b"\r\n\r\n" not in text:
-                text += client.recv(65536)
-            head, _, body = text.partition(b"\r\n\r\n")
-            head = re.sub(rb"^(\w+) http://[^/ ]+", rb"\1 ", head)
-            head = re.sub(rb"(?mi)^connection:.*\r\n", b"", head)
-            server.sendall(head + b"\r\nConnection: close\r\n\r\n" + body)
-            threading.Thread(target=self._copy, args=(client, server), daemon=True).start()
-            self._copy(server, client)
-
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while part := source.recv(65536):
-                target.sendall(part)
-
-    def close(self) -> None:
-        self.listener.close()
-
-
-@dataclass
-class Stack:
-    """What Services and Secrets are here. replicas: ports of the servers."""
-
-    docs: list[Doc]
-    secrets: dict[str, dict[str, str]]
-    folder: Path
-    postgres: Postgres
-    s3: str
-    service: Service = field(default_factory=Service)
-    replicas: list[int] = field(default_factory=list)
-    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    def container(self, kind: str, name: str, container: str) -> Doc:
-        (pod,) = pods_of(find(self.docs, kind, name))
-        (found,) = [one for one in pod.containers() if one["name"] == container]
-        return found
-
-    def environment_of(self, container: Doc, where: Path) -> dict[str, str]:
-        """As kubelet makes it, with the cluster's addresses and folders replaced by those here."""
-        values: dict[str, str] = {}
-        for source in container.get("envFrom", ()):
-            if "configMapRef" in source:
-                values |= find(self.docs, "ConfigMap", source["configMapRef"]["name"])["data"]
-            else:
-                values |= self.secrets[source["secretRef"]["name"]]
-        values |= {"POSTGRES_HOST": "127.0.0.1", "MLFLOW_AUTH_CONFIG_PATH": str(where / "auth.ini")}
-        for env in container.get("env", ()):
-            if "value" in env:
-                value = re.sub(r"\$\((\w+)\)", lambda m: values[m[1]], env["value"])
-                values[env["name"]] = value.replace(":5432/", f":{self.postgres.port}/")
-            else:
-                ref = env["valueFrom"]["secretKeyRef"]
-                values[env["name"]] = self.secrets[ref["name"]][ref["key"]]
-        if "AWS_ENDPOINT_URL" in values:
-            values["AWS_ENDPOINT_URL"] = self.s3
-        return values | {
-            "HOME": str(where), "http_proxy": self.service.url, "no_proxy": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-
-    def command(self, container: Doc, env: dict[str, str]) -> list[str]:
-        words = [*container.get("command", ()), *container.get("args", ())]
-        words = [re.sub(r"\$\((\w+)\)", lambda m: env[m[1]], word) for word in words]
-        words = [
-            str(SCRIPTS / w.removeprefix("/scripts/")) if "/scripts/" in w else w for w in words
-        ]
-        if words[0] == "python":
-            return [sys.executable, *words[1:]]
-        return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-
-    def run(
-        self, kind: str, name: str, container: str, **changes: str
-    ) -> subprocess.CompletedProcess[str]:
-        """A container to its end."""
-        spec = self.container(kind, name, container)
-        env = self.environment_of(spec, self.folder) | changes
-        return subprocess.run(
-            self.command(spec, env), env=environment(**env), cwd=self.folder,
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-
-    def launch(self) -> int:
-        """A replica, without waiting for it: its init container first, as kubelet does. Returns its port."""
-        (port,) = free_ports(1)
-        where = self.folder / f"replica-{port}"
-        where.mkdir()
-        wait = self.container("Deployment", "mlflow", "wait-for-schema")
-        env = self.environment_of(wait, where)
-        prepared = subprocess.run(
-            self.command(wait, env),
-            env=environment(**env),
-            cwd=where,
-            capture_output=True,
-            text=True,
-        )
-        assert prepared.returncode == 0, prepared.stderr
-        spec = self.container("Deployment", "mlflow", "mlflow")
-        env = self.environment_of(spec, where)
-        words = self.command(spec, env)
-        assert {"--host=0.0.0.0", "--port=5000"} <= set(words)
-        here = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
-        with (where / "log.txt").open("wb") as log:
-            self.processes[port] = subprocess.Popen(
-                [here.get(word, word) for word in words], env=environment(**env), cwd=where,
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        self.replicas.append(port)
-        self.service.ports.append(port)
-        return port
-
-    def wait_for(self, port: int) -> None:
-        end = time.monotonic() + START_S
-        log = self.folder / f"replica-{port}" / "log.txt"
-        while not self.ready(port):
-            assert self.processes[port].poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < end, log.read_text()[-3000:]
-            time.sleep(1)
-
-    def ready(self, port: int) -> bool:
-        """What the readiness probe finds."""
-        spec = self.container("Deployment", "mlflow", "mlflow")
-        probe = spec["readinessProbe"]
-        words = self.command({"command": probe["exec"]["command"]}, {})
-        words = [f"--port={port}" if word == "--port=5000" else word for word in words]
-        env = self.environment_of(spec, self.folder)
-        try:
-            done = subprocess.run(
-                words, env=environment(**env), capture_output=True, timeout=probe["timeoutSeconds"]
-            )
-        except subprocess.TimeoutExpired:
-            return False
-        return done.returncode == 0
-
-    def stop(self) -> None:
-        self.service.close()
-        for process in self.processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(30)
-
-
-def ask(
-    port: int, path: str, *, user: str = "", password: str = "", host: str = "mlflow:5000",
-    method: str = "GET", origin: str = "",
-) -> int:  # fmt: skip
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    headers = {"Host": host}
-    if user:
-        token = base64.b64encode(f"{user}:{password}".encode()).decode()
-        headers["Authorization"] = f"Basic {token}"
-    if origin:
-        headers["Origin"] = origin
-    try:
-        connection.request(method, path, headers=headers)
-        return connection.getresponse().status
-    finally:
-        connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -266,11 +76,7 @@ def stack(
             subprocess.run(
                 [sys.executable, script, *buckets["args"]], env=environment(**env), check=True
             )
-            (name,) = [
-                doc["metadata"]["name"] for doc in docs
-                if doc["kind"] == "Job" and doc["metadata"]["name"].startswith("mlflow-migrate")
-            ]  # fmt: skip
-            done = made.run("Job", name, "migrate")
+            done = made.run("Job", migration(made), "migrate")
             assert done.returncode == 0, done.stderr[-3000:]
             first, second = made.launch(), made.launch()
             made.wait_for(first)
@@ -291,19 +97,46 @@ def trainer(stack: Stack) -> dict[str, str]:
     }  # fmt: skip
 
 
+def head_container(stack: Stack) -> Doc:
+    """Of the training's cluster: where its driver runs."""
+    job = find(stack.docs, "RayJob", "effdet-train")
+    found: Doc = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def head_environment(stack: Stack, where: Path) -> dict[str, str]:
+    env = stack.environment_of(head_container(stack), where)
+    assert env["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a pod's interface
+        del env[name]
+    return env
+
+
+def migration(stack: Stack) -> str:
+    (name,) = [
+        doc["metadata"]["name"] for doc in stack.docs
+        if doc["kind"] == "Job" and doc["metadata"]["name"].startswith("mlflow-migrate")
+    ]  # fmt: skip
+    return str(name)
+
+
+def bucket(stack: Stack) -> Any:
+    return boto3.client(
+        "s3", endpoint_url=stack.s3, aws_access_key_id="test", aws_secret_access_key="test-secret",
+        region_name="us-east-1",
+    )  # fmt: skip
+
+
+def objects(stack: Stack, name: str) -> list[str]:
+    return [item["Key"] for item in bucket(stack).list_objects_v2(Bucket=name)["Contents"]]
+
+
 def test_two_replicas_serve_a_migrated_database(stack: Stack) -> None:
     first, second = stack.replicas
     for port in (first, second):
         assert ask(port, SEARCH, **admin(stack)) == 200
         assert ask(port, SEARCH, **trainer(stack)) == 200
-    made = "/api/2.0/mlflow/experiments/create"
-    connection = http.client.HTTPConnection("127.0.0.1", first, timeout=20)
-    token = base64.b64encode(f"admin:{admin(stack)['password']}".encode()).decode()
-    headers = {
-        "Host": "mlflow:5000", "Authorization": f"Basic {token}", "Content-Type": "application/json",
-    }  # fmt: skip
-    connection.request("POST", made, body='{"name": "stack"}', headers=headers)
-    assert connection.getresponse().status == 200
+    assert post(stack, "/api/2.0/mlflow/experiments/create", {"name": "stack"}) == 200
     assert ask(second, EXPERIMENT, **admin(stack)) == 200, "what one wrote the other reads"
 
 
@@ -345,26 +178,13 @@ def test_jobs_do_not_run_in_the_tracker(stack: Stack) -> None:
 
 
 def test_a_training_logs_into_it(stack: Stack, tmp_path: Path) -> None:
-    import boto3
-
-    (job,) = [
-        doc for doc in stack.docs if doc["kind"] == "RayJob" and "train" in doc["metadata"]["name"]
-    ]
-    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
-    env = stack.environment_of(head, tmp_path)
-    assert env["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a pod's interface
-        del env[name]
+    env = head_environment(stack, tmp_path)
     output = tmp_path / "out"
     output.mkdir()
     arguments = [
-        "--launcher",
-        "local",
-        "--steps",
-        "4",
-        "--set",
-        "checkpoint.uri=s3://effdet-checkpoints/runs",
-    ]
+        "--launcher", "local", "--steps", "4",
+        "--set", "checkpoint.uri=s3://effdet-checkpoints/runs",
+    ]  # fmt: skip
     done = train(output, *settings(), *arguments, **env)
     assert done.code == 0, done.out + done.err
     if "doctor" in done.out:  # a busy machine did not send all of them in time
@@ -372,37 +192,121 @@ def test_a_training_logs_into_it(stack: Stack, tmp_path: Path) -> None:
         subprocess.run(command, env=environment(**env), cwd=tmp_path, check=True, timeout=120)
     run = f"/api/2.0/mlflow/runs/get?run_id={done.report['run_id']}"
     assert ask(stack.replicas[1], run, **trainer(stack)) == 200
-    client = boto3.client(
-        "s3", endpoint_url=stack.s3, aws_access_key_id="test", aws_secret_access_key="test-secret",
-        region_name="us-east-1",
+    artifacts = objects(stack, "effdet-mlflow")
+    assert any(key.startswith("artifacts/") and key.endswith("config.yaml") for key in artifacts)
+    checkpoints = objects(stack, "effdet-checkpoints")
+    assert any(key.endswith("step_00000004/meta.json") for key in checkpoints)
+
+
+def test_the_doctor_of_the_readme_finds_tracker_and_store_well(
+    stack: Stack, tmp_path: Path
+) -> None:
+    (command,) = re.findall(r"python (jobs/doctor\.py --cluster \S+)`", README)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command), "--json"], cwd=ROOT, capture_output=True, text=True,
+        env=environment(**head_environment(stack, tmp_path)), timeout=300,
     )  # fmt: skip
-    keys = [item["Key"] for item in client.list_objects_v2(Bucket="effdet-mlflow")["Contents"]]
-    assert any(key.startswith("artifacts/") and key.endswith("config.yaml") for key in keys)
-    steps = [
-        item["Key"] for item in client.list_objects_v2(Bucket="effdet-checkpoints")["Contents"]
-    ]
-    assert any(key.endswith("step_00000004/meta.json") for key in steps)
+    report = json.loads(done.stdout.splitlines()[-1])
+    (node,) = report["nodes"]
+    assert node["tracker"] is None
+    assert node["store"] is None
+    assert node["tracker_s"] > 0
+    assert min(node["mib_per_s"]) > 0
+    table = re.sub(r"[\s│]+", " ", done.stdout)
+    assert re.search(r"tracker answers in \d+ ms", table), done.stdout
 
 
-def test_old_things_are_cleared_away_by_the_cron_jobs(stack: Stack) -> None:
+def old_run(stack: Stack, tmp_path: Path, key: str, who: dict[str, str]) -> str:
+    """A run of three checkpoints that somebody finished 40 days ago; the id of its experiment."""
+    base = "s3://effdet-checkpoints/runs"
+    code = """
+import sys, time
+from mlflow.tracking import MlflowClient
+key, base = sys.argv[1:]
+client, ended_ms = MlflowClient(), int((time.time() - 40 * 86400) * 1000)
+experiment = client.create_experiment(key)
+run = client.create_run(experiment, start_time=ended_ms - 1000, tags={"effdet.run_key": key})
+for step in (1, 2, 3):
+    uri = f"{base}/{key}/step_{step:08}"
+    client.create_logged_model(
+        experiment, f"step-{step}", run.info.run_id, tags={"effdet.checkpoint_uri": uri}
+    )
+client.set_terminated(run.info.run_id, "FINISHED", ended_ms)
+print(experiment)
+"""
+    env = head_environment(stack, tmp_path) | {
+        "MLFLOW_TRACKING_USERNAME": who["user"], "MLFLOW_TRACKING_PASSWORD": who["password"],
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, key, base], env=environment(**env), cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step in (1, 2, 3):
+        for name in ("meta.json", "model.safetensors"):
+            bucket(stack).put_object(
+                Bucket="effdet-checkpoints", Key=f"runs/{key}/step_{step:08}/{name}", Body=b"{}"
+            )
+    return done.stdout.split()[-1]
+
+
+def steps(stack: Stack, key: str) -> set[str]:
+    return {
+        path.split("/")[2][-1] for path in objects(stack, "effdet-checkpoints")
+        if path.startswith(f"runs/{key}/")
+    }  # fmt: skip
+
+
+def test_old_things_are_cleared_away_by_the_cron_jobs(stack: Stack, tmp_path: Path) -> None:
+    """What the jobs' user may not remove is named and stays, until it may."""
+    theirs = old_run(stack, tmp_path, "an-administrators", admin(stack))
+    old_run(stack, tmp_path, "a-trainers", trainer(stack))
     with ThreadPoolExecutor(2) as pool:
         gc = pool.submit(stack.run, "CronJob", "mlflow-gc", "gc")
-        retention = pool.submit(
-            stack.run, "CronJob", "checkpoint-retention", "retention", PYTHONPATH=str(ROOT)
-        )
+        waiting = pool.submit(retention, stack)
     assert gc.result().returncode == 0, gc.result().stderr[-3000:]
-    assert retention.result().returncode == 0, retention.result().stderr[-3000:]
-    assert "checkpoint(s) removed" in retention.result().stdout
+    done = waiting.result()
+    assert done.returncode == 1, done.stdout + done.stderr[-3000:]
+    place = "s3://effdet-checkpoints/runs"
+    for step in (1, 2):
+        assert f"kept {place}/an-administrators/step_{step:08}: the tracker's model" in done.stdout
+        assert f"removed {place}/a-trainers/step_{step:08}" in done.stdout
+    assert "2 thing(s) may not be removed and were kept" in done.stderr
+    assert "MANAGE" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert steps(stack, "an-administrators") == {"1", "2", "3"}
+    assert steps(stack, "a-trainers") == {"3"}
+
+    ((path, body),) = re.findall(r"localhost:5000(/api/\S+/grant) .* -d '(.*)'", README)
+    asked = {**json.loads(body), "resource_id": theirs}
+    assert post(stack, path, asked) == 200
+    again = retention(stack)
+    assert again.returncode == 0, again.stdout + again.stderr[-3000:]
+    assert steps(stack, "an-administrators") == {"3"}
+
+
+def retention(stack: Stack) -> subprocess.CompletedProcess[str]:
+    return stack.run("CronJob", "checkpoint-retention", "retention", PYTHONPATH=str(ROOT))
+
+
+def post(stack: Stack, path: str, content: dict[str, str]) -> int:
+    """By the administrator."""
+    connection = http.client.HTTPConnection("127.0.0.1", stack.replicas[0], timeout=20)
+    token = base64.b64encode(f"admin:{admin(stack)['password']}".encode()).decode()
+    headers = {
+        "Host": "mlflow:5000", "Authorization": f"Basic {token}", "Content-Type": "application/json",
+    }  # fmt: skip
+    connection.request("POST", path, body=json.dumps(content), headers=headers)
+    return connection.getresponse().status
 
 
 def test_a_changed_secret_is_taken_by_the_job_that_migrates(stack: Stack) -> None:
     before = trainer(stack)
-    (name,) = [
-        doc["metadata"]["name"] for doc in stack.docs
-        if doc["kind"] == "Job" and doc["metadata"]["name"].startswith("mlflow-migrate")
-    ]  # fmt: skip
     done = stack.run(
-        "Job", name, "migrate", EFFDET_TRAINING_PASSWORD="another-password-of-24-letters"
+        "Job",
+        migration(stack),
+        "migrate",
+        EFFDET_TRAINING_PASSWORD="another-password-of-24-letters",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     port = stack.replicas[0]

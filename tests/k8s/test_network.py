@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
-from helpers.manifests import OVERLAYS, Doc, Pod, everything, pods_of
+from helpers.manifests import (
+    JOB_ROOTS,
+    OVERLAYS,
+    Doc,
+    Pod,
+    everything,
+    pods_of,
+    rayjob,
+    rendered,
+)
 
 TCP = "TCP"
 S3_ADDRESS, METADATA_ADDRESS, PRIVATE_ADDRESS = "52.216.1.1", "169.254.169.254", "10.96.0.1"
@@ -133,23 +143,30 @@ class Network:
 
 
 def kind_of(pod: Pod) -> str:
-    """What tells pods apart for the network."""
-    if pod.component != "ray":
+    """What tells pods apart for the network: of Ray's and submitters, their cluster too."""
+    if pod.component not in ("ray", "submitter"):
         return pod.component
-    parts = ["ray"]
-    if "effdet.io/shared-head" in pod.labels:
-        parts.append("shared")
-    if "effdet.io/autoscaler" in pod.labels:
-        parts.append("autoscaler")
-    return "-".join(parts)
+    parts = [pod.component, pod.labels["effdet.io/cluster"]]
+    parts += [what for what in ("shared-head", "autoscaler") if f"effdet.io/{what}" in pod.labels]
+    return " ".join(parts)
+
+
+def cluster_of(name: str) -> str:
+    return name.split()[1]
 
 
 def expected(overlay: str, names: set[str]) -> set[tuple[str, str, int]]:
     """Every flow that is meant to be, and why."""
-    ray = {name for name in names if name.startswith("ray")}
-    flows = {(a, b, port) for a in ray for b in ray for port in PORTS}  # Ray, NCCL, gloo
+    ray = {name for name in names if name.startswith("ray ")}
+    flows = {
+        (a, b, port) for a in ray for b in ray for port in PORTS if cluster_of(a) == cluster_of(b)
+    }  # Ray, NCCL, gloo
     flows |= {(name, "dns", 53) for name in names}
-    flows |= {("submitter", head, 8265) for head in ray}  # ray job submit
+    flows |= {
+        (name, head, 8265)
+        for name in names if name.startswith("submitter ")
+        for head in ray if cluster_of(name) == cluster_of(head)
+    }  # fmt: skip  # ray job submit
     flows |= {("operator", head, 8265) for head in ray}  # asks how a job is doing
     flows |= {("prometheus", node, 8080) for node in ray}
     flows |= {(node, "mlflow", 5000) for node in ray}  # records, figures, models
@@ -161,7 +178,7 @@ def expected(overlay: str, names: set[str]) -> set[tuple[str, str, int]]:
     else:  # an external one, in the private network
         flows |= {(name, "private", port) for name, port in database}
     flows |= {
-        (name, "redis", 6379) for name in ray if "shared" in name
+        (name, "redis", 6379) for name in ray if "shared-head" in name
     }  # what a head must remember
     stores = {*ray, "mlflow", "mlflow-gc", "retention", "prefetch"}
     flows |= {(name, "s3", 443) for name in stores}
@@ -183,7 +200,21 @@ def test_what_must_flow_flows_and_nothing_else(overlay: str) -> None:
     there = set(network.flows())
     assert wanted - there == set(), "needed, but not allowed"
     assert there - wanted == set(), "allowed, but not needed"
-    assert len(network.pods) >= 9
+    assert len(network.pods) >= 12
+    assert {cluster_of(name) for name in network.pods if name.startswith("ray ")} == {
+        "effdet-shared", "effdet-train", "effdet-sweep"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("root", JOB_ROOTS)
+def test_a_job_brings_the_policy_of_its_own_pods(root: str) -> None:
+    job = rayjob(root)
+    name = job["metadata"]["name"]
+    assert {pod.labels["effdet.io/cluster"] for pod in pods_of(job)} == {name}
+    (policy,) = [doc for doc in rendered()[root] if doc["kind"] == "NetworkPolicy"]
+    assert policy["metadata"]["name"] == name
+    found = re.findall(r"'effdet.io/cluster': '([\w-]+)'", str(policy["spec"]))
+    assert found == [name] * 4
 
 
 def test_names_are_resolved_over_udp_too() -> None:

@@ -54,7 +54,9 @@ def test_folders_and_files_that_are_named_exist() -> None:
 @pytest.mark.parametrize("phi", ["0", "1", "2", "3", "4", "5", "6", "7", "7x"])
 def test_sizes_are_those_that_preflight_estimates(phi: str) -> None:
     (row,) = re.findall(rf"^\| {phi} \|(.*)\|$", README, re.MULTILINE)
-    fixed, each, again, group, small, large, checkpoint = (cell.strip() for cell in row.split("|"))
+    fixed, each, again, group, small, large, gpus, checkpoint = (
+        cell.strip() for cell in row.split("|")
+    )
     spec = resolve(ModelConfig(phi=phi), CLASSES)  # type: ignore[arg-type]
     params = network_cost(spec).params
     traced = activations(spec, half_precision=True)
@@ -69,6 +71,9 @@ def test_sizes_are_those_that_preflight_estimates(phi: str) -> None:
         room = USABLE_GIB[gpu] * SLACK - needed
         expected = [room // kept, room // recomputed][: len(numbers)]
         assert numbers == [int(number) for number in expected], gpu
+    (most,) = {int(number) for number in re.findall(r"^\d+", large)}
+    shares = [n for n in range(1, BATCH + 1) if (BATCH // int(group)) % n == 0]
+    assert int(gpus) == next(n for n in shares if BATCH // n <= most)
     assert int(checkpoint) == pytest.approx(params * 4 * COPIES_IN_CHECKPOINT / 2**20, abs=1)
 
 

@@ -72,7 +72,8 @@ def test_every_overlay_renders() -> None:
         kinds = {doc["kind"] for doc in rendered()[f"overlays/{overlay}"]}
         assert {"RayCluster", "Deployment", "NetworkPolicy", "CronJob", "Job"} <= kinds
         for job in ("train", "sweep"):
-            assert [doc["kind"] for doc in rendered()[f"overlays/{overlay}/{job}"]] == ["RayJob"]
+            there = [doc["kind"] for doc in rendered()[f"overlays/{overlay}/{job}"]]
+            assert there == ["NetworkPolicy", "RayJob"]
 
 
 def test_the_schemas_reach_from_the_oldest_supported_kubernetes_to_the_newest_known() -> None:

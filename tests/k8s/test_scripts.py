@@ -15,9 +15,12 @@ from typing import Any
 
 import boto3
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from helpers import ROOT, environment
-from helpers.manifests import K8S
+from helpers.manifests import K8S, pods
 from s3fs import S3FileSystem
+
+from orchestrator.storage.filesystems import Place
 
 SCRIPTS = K8S / "base" / "platform" / "scripts"
 DAY_S = 86400.0
@@ -114,6 +117,20 @@ def test_an_archive_that_points_outside_is_refused(prefetch: ModuleType, name: s
             prefetch.members(opened)
 
 
+def test_a_source_that_is_no_archive_is_said_in_one_line(
+    prefetch: ModuleType, tmp_path: Path, closed_port: int
+) -> None:
+    torn = tmp_path / "torn.zip"
+    torn.write_bytes(b"half of an archive")
+    for source, why in (
+        (str(torn), "got something else"),
+        (str(tmp_path / "none.zip"), "found nothing"),
+        (f"http://127.0.0.1:{closed_port}/coco.zip", "found nothing: .*onnect"),
+    ):
+        with pytest.raises(SystemExit, match=f"{source}: expected a zip archive, {why}"):
+            prefetch.open_archive(source)
+
+
 @pytest.mark.slow
 def test_buckets_are_made_once(s3: Any) -> None:
     buckets = load(K8S / "overlays" / "local" / "buckets.py")
@@ -173,14 +190,52 @@ def test_checkpoints_of_a_finished_run_go_with_their_entries(
     before = keys(s3)
 
     days = {"finished_days": 30.0, "orphan_days": 90.0}
-    assert retain.run("s3://bucket/runs", **days, dry_run=True) == 2
+    assert retain.run("s3://bucket/runs", **days, dry_run=True) == retain.Tally(2)
     assert keys(s3) == before
-    assert retain.run("s3://bucket/runs", **days, dry_run=False) == 2
+    assert retain.run("s3://bucket/runs", **days, dry_run=False) == retain.Tally(2)
     gone = {
         key for key in before if "old-run/step_00000002" in key or "old-run/step_00000003" in key
     }
     assert set(before) - set(keys(s3)) == gone
-    assert retain.run("s3://bucket/runs", **days, dry_run=False) == 0
+    assert retain.run("s3://bucket/runs", **days, dry_run=False) == retain.Tally()
+
+
+class Guarded(LocalFileSystem):  # type: ignore[misc]
+    """A store that lets nobody remove anything of one folder."""
+
+    cachable = False
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def rm_file(self, path: str) -> None:
+        if f"/{self.kept}/" in path:
+            raise PermissionError("Access Denied")
+        super().rm_file(path)
+
+    def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+        if path.endswith(self.kept):
+            raise PermissionError("Access Denied")
+        super().rm(path, recursive, maxdepth)
+
+
+def test_what_may_not_be_removed_stays_whole_and_the_others_go(
+    retain: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"step_{step:08}" for step in (1, 2, 3)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        for file in ("meta.json", "model.safetensors"):
+            (tmp_path / name / file).write_text("{}")
+    place = Place(f"file://{tmp_path}", Guarded(names[1]), str(tmp_path))
+    found = retain.Found(place, 0.0, tuple((name, None) for name in names))
+    tally = retain.clear(None, None, found, names)
+    assert tally == retain.Tally(2, (f"file://{tmp_path}/{names[1]}",))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "meta.json", "model.safetensors", names[1]
+    ]  # fmt: skip
+    assert f"kept file://{tmp_path}/{names[1]}: Access Denied" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -220,12 +275,21 @@ def test_waiting_ends_with_the_work_or_the_time(drain: ModuleType) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_pods_end_is_not_held_up_by_an_error(tmp_path: Path) -> None:
-    env = environment(HOME=str(tmp_path))
-    env.pop("RAY_ADDRESS", None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "drain.py"), "--seconds=1"], env=env, timeout=60
-    )
+def hooks() -> list[tuple[str, ...]]:
+    """What pods run before they end, but for sleeping."""
+    found = {
+        tuple(container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ()))
+        for pod in pods() for container in pod.containers()
+    }  # fmt: skip
+    return sorted(words for words in found if words[:1] == ("python",))
+
+
+def test_a_pods_end_is_not_held_up_where_nothing_works_or_by_an_error(tmp_path: Path) -> None:
+    (words,) = hooks()
+    folder, _, script = words[1].rpartition("/")
+    assert folder == "/scripts"
+    env = environment(HOME=str(tmp_path))  # without the address that a pod has
+    done = subprocess.run([sys.executable, str(SCRIPTS / script), *words[2:]], env=env, timeout=60)
     assert done.returncode == 0
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,8 @@ from orchestrator.launch.cluster_doctor import (
     Reduced,
     judge,
     parse_cluster_doctor,
-    tracker_trouble,
 )
+from orchestrator.launch.node_probe import ask_tracker
 
 WELL = NodeReport(
     host="node-1", versions={"python": "3.11.7", "ray": "2.60.0"}, skew_s=0.01, shm_gib=16.0,
@@ -55,6 +59,13 @@ def test_one_sick_node_is_named(change: dict[str, Any], said: str) -> None:
     assert len(verdict.problems) == 1
 
 
+def test_what_was_asked_and_is_well_has_its_cell() -> None:
+    asked = replace(WELL, tracker_s=0.0124, mib_per_s=(120.4, 80.0))
+    rows = dict(judge([asked, *OTHERS], FAST).rows)
+    assert rows["node-1"].endswith("store 120 MiB/s out, 80 MiB/s in; tracker answers in 12 ms")
+    assert "tracker" not in rows["node-2"], "nobody asked one"
+
+
 def test_a_failing_all_reduce_is_a_problem_and_none_is_not() -> None:
     failed = judge([WELL], replace(FAST, error="NCCL timed out"))
     assert failed.problems == ["all-reduce of 6 over nccl failed"]
@@ -71,9 +82,45 @@ def test_the_flag_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_tracker_that_is_away_is_said(closed_port: int) -> None:
-    assert tracker_trouble(None) is None
-    assert tracker_trouble("sqlite:///m.db") is None
-    assert "refused" in str(tracker_trouble(f"http://127.0.0.1:{closed_port}"))
+    assert ask_tracker(None) == (None, None)
+    assert ask_tracker("sqlite:///m.db") == (None, None)
+    answer_s, trouble = ask_tracker(f"http://127.0.0.1:{closed_port}")
+    assert answer_s is None
+    assert "refused" in str(trouble)
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    """A server that lets one user in, and knows no other path than the tracker's."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            return
+
+        def do_GET(self) -> None:
+            pair = base64.b64encode(b"trainer:right").decode()
+            known = self.path.startswith("/api/2.0/mlflow/experiments/search")
+            allowed = self.headers.get("Authorization") == f"Basic {pair}"
+            self.send_response(404 if not known else 200 if allowed else 401)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("password", "trouble"), [("right", None), ("wrong", "HTTP 401")])
+def test_a_tracker_is_asked_with_the_password_of_the_environment(
+    guarded: str, password: str, trouble: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    answer_s, found = ask_tracker(guarded)
+    assert found == trouble
+    assert (answer_s is not None) == (trouble is None)
 
 
 def doctor(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

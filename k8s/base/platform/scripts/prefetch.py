@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import fsspec
 
 from model.data.shapes import ShapesConfig, ensure_shapes
-from orchestrator.storage.filesystems import Place, open_place
+from orchestrator.storage.filesystems import Place, open_place, reason
 
 THREADS = 16
 BLOCK_BYTES = 8 * 2**20
@@ -45,13 +45,24 @@ def members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return files
 
 
+def open_archive(url: str) -> zipfile.ZipFile:
+    """Raises SystemExit: nothing there, or no archive."""
+    try:
+        return zipfile.ZipFile(fsspec.open(url, "rb", block_size=BLOCK_BYTES).open())
+    except FileNotFoundError as error:  # what fsspec says of any URL that does not answer
+        why = f": {reason(error.__cause__)}" if error.__cause__ else ""
+        raise SystemExit(f"{url}: expected a zip archive, found nothing{why}") from None
+    except zipfile.BadZipFile:
+        raise SystemExit(f"{url}: expected a zip archive, got something else") from None
+
+
 def unpack(url: str, place: Place, threads: int = THREADS) -> tuple[int, int]:
     """(files copied, files that were there)."""
     local = threading.local()
 
     def archive() -> zipfile.ZipFile:
         if not hasattr(local, "archive"):  # one reader a thread: a reader has one position
-            local.archive = zipfile.ZipFile(fsspec.open(url, "rb", block_size=BLOCK_BYTES).open())
+            local.archive = open_archive(url)
         opened: zipfile.ZipFile = local.archive
         return opened
 

@@ -2,7 +2,8 @@
 
 Of a run that MLflow calls finished for --finished-days, the newest and the best stay. A folder whose run
 MLflow does not know any more goes when nothing was written to it for --orphan-days. Every other run is
-left alone, and so is everything while the tracker does not answer.
+left alone, and so is everything while the tracker does not answer. What may not be removed is named and
+left as it was; the others go, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 DAY_S = 86400.0
 METRIC = "val/AP"
 URI_TAG = "effdet.checkpoint_uri"
+FORBIDDEN = 403
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,17 @@ class Found:
     place: Place
     written: float
     steps: tuple[tuple[str, float | None], ...]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """removed: how many checkpoints went, or would go. refused: URIs of those that had to stay."""
+
+    removed: int = 0
+    refused: tuple[str, ...] = ()
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.removed + other.removed, self.refused + other.refused)
 
 
 def look(base: Place, name: str) -> Found | None:
@@ -96,21 +109,69 @@ def find_run(client: MlflowClient, experiments: list[str], key: str) -> Run | No
 
 
 def forget(client: MlflowClient, run: Run, uri: str) -> None:
-    """The tracker's entry of a checkpoint goes with it."""
+    """The tracker's entry of a checkpoint goes with it.
+
+    Raises:
+        PermissionError: it is somebody else's.
+    """
+    from mlflow.exceptions import MlflowException
+
     models = client.search_logged_models(
         [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"
     )
     for model in models:
-        if model.tags.get(URI_TAG) == uri:
+        if model.tags.get(URI_TAG) != uri:
+            continue
+        try:
             client.delete_logged_model(model.model_id)
+        except MlflowException as error:
+            if error.get_http_status_code() != FORBIDDEN:
+                raise
+            raise PermissionError(
+                f"the tracker's model {model.model_id} in experiment {run.info.experiment_id} "
+                "is somebody else's"
+            ) from None
 
 
-def run(base_uri: str, *, finished_days: float, orphan_days: float, dry_run: bool) -> int:
-    """How many checkpoints were removed. Raises whatever the tracker raises, before anything is removed."""
+def remove(client: MlflowClient, run: Run | None, checkpoint: Place) -> None:
+    """The tracker's entry first: where that must stay, it keeps its files.
+
+    Raises:
+        PermissionError: the tracker or the store refuses it.
+    """
+    if run is not None:
+        forget(client, run, checkpoint.uri)
+    # Without its marker it does not exist, so that comes before the other files.
+    marker = f"{checkpoint.path}/meta.json"
+    if checkpoint.filesystem.exists(marker):
+        checkpoint.filesystem.rm_file(marker)
+    checkpoint.filesystem.rm(checkpoint.path, recursive=True)
+
+
+def clear(client: MlflowClient, run: Run | None, found: Found, names: list[str]) -> Tally:
+    """The named checkpoints of one run, and its uploads that were never finished."""
+    tally = Tally()
+    for name in names:
+        checkpoint = found.place.join(name)
+        try:
+            remove(client, run, checkpoint)
+            print(f"removed {checkpoint.uri}", flush=True)
+            tally += Tally(1)
+        except PermissionError as error:
+            print(f"kept {checkpoint.uri}: {error}", flush=True)
+            tally += Tally(refused=(checkpoint.uri,))
+    try:
+        abandon_uploads(found.place)
+    except PermissionError as error:
+        print(f"kept unfinished uploads in {found.place.uri}: {error}", flush=True)
+        tally += Tally(refused=(found.place.uri,))
+    return tally
+
+
+def known_experiments(client: MlflowClient) -> list[str]:
+    """Raises SystemExit: none, so it is hardly the tracker that these checkpoints belong to."""
     from mlflow.entities import ViewType
-    from mlflow.tracking import MlflowClient
 
-    base, client = open_place(base_uri, "BASE"), MlflowClient()
     experiments, token = list[str](), None
     while True:
         page = client.search_experiments(view_type=ViewType.ALL, max_results=1000, page_token=token)
@@ -120,10 +181,18 @@ def run(base_uri: str, *, finished_days: float, orphan_days: float, dry_run: boo
             break
     if not experiments:
         raise SystemExit("the tracker knows no experiment: is it the right one?")
-    entries = (
-        base.filesystem.ls(base.path, detail=False) if base.filesystem.exists(base.path) else []
-    )
-    removed = 0
+    return experiments
+
+
+def run(base_uri: str, *, finished_days: float, orphan_days: float, dry_run: bool) -> Tally:
+    """Raises whatever the tracker raises when it does not answer, before anything is removed."""
+    from mlflow.tracking import MlflowClient
+
+    base, client = open_place(base_uri, "BASE"), MlflowClient()
+    experiments = known_experiments(client)
+    there = base.filesystem.exists(base.path)
+    entries = base.filesystem.ls(base.path, detail=False) if there else []
+    tally = Tally()
     for name in sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries):
         found = look(base, name)
         if found is None:
@@ -133,21 +202,17 @@ def run(base_uri: str, *, finished_days: float, orphan_days: float, dry_run: boo
             found, known, now=time.time(),
             finished_s=finished_days * DAY_S, orphan_s=orphan_days * DAY_S,
         )  # fmt: skip
-        for step in gone:
-            print(f"{'would remove' if dry_run else 'removing'} {found.place.join(step).uri}")
-            if not dry_run:
-                # Without its marker it does not exist, so that comes first.
-                path = f"{found.place.path}/{step}"
-                if found.place.filesystem.exists(f"{path}/meta.json"):
-                    found.place.filesystem.rm_file(f"{path}/meta.json")
-                found.place.filesystem.rm(path, recursive=True)
-                if known is not None:
-                    forget(client, known, found.place.join(step).uri)
-        if gone and not dry_run:
-            abandon_uploads(found.place)
-        removed += len(gone)
-    print(f"{removed} checkpoint(s) {'would go' if dry_run else 'removed'}", flush=True)
-    return removed
+        if dry_run:
+            for step in gone:
+                print(f"would remove {found.place.join(step).uri}")
+            tally += Tally(len(gone))
+        elif gone:
+            tally += clear(client, known, found, gone)
+    print(
+        f"{base_uri}: {tally.removed} checkpoint(s) {'would go' if dry_run else 'removed'}",
+        flush=True,
+    )
+    return tally
 
 
 def main() -> int:
@@ -157,12 +222,20 @@ def main() -> int:
     parser.add_argument("--orphan-days", type=float, default=90.0)
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
+    tally = Tally()
     for base in given.bases:
-        run(
+        tally += run(
             base, finished_days=given.finished_days, orphan_days=given.orphan_days,
             dry_run=given.dry_run,
         )  # fmt: skip
-    return 0
+    if tally.refused:
+        print(
+            f"{len(tally.refused)} thing(s) may not be removed and were kept: {', '.join(tally.refused)}; "
+            "give MLFLOW_TRACKING_USERNAME the permission MANAGE on their experiments, and this pod's "
+            "role s3:DeleteObject and s3:AbortMultipartUpload",
+            file=sys.stderr,
+        )
+    return 1 if tally.refused else 0
 
 
 if __name__ == "__main__":
