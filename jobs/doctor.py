@@ -1,9 +1,14 @@
-"""Look after a run or a cluster.
+"""Look at data before they cost a training, at a machine or a cluster, and after a run.
 
+python jobs/doctor.py                                   this machine: versions, GPUs, memory, disk
+python jobs/doctor.py --data FOLDER --phi 0             mistakes in a dataset, balance, anchors, memory, time
+python jobs/doctor.py --storage s3://bucket/tmp --tracking-uri http://mlflow:5000   do they work, how fast
 python jobs/doctor.py --replay                          send what waits in runs/ to MLflow
 python jobs/doctor.py --replay s3://bucket/checkpoints/RUN   the same from beside its checkpoints
 python jobs/doctor.py --cluster s3://bucket/tmp         measure the cluster: GPUs, all-reduce, S3, tracker,
                                                         versions, clocks, /dev/shm on every node
+
+Exit code: 0 well, 1 something is wrong, 2 the question was.
 """
 
 import sys

@@ -1,12 +1,15 @@
-"""Write a checkpoint's weights for another program.
+"""A model as a file that other programs run, checked against PyTorch before it is there.
 
-python jobs/export.py runs/…/checkpoints/step_00002000 weights.pth --format effdet
+python jobs/export.py runs/…/checkpoints/step_00002000 detector.onnx --benchmark
+python jobs/export.py models:/detector@champion small.onnx --precision int8 --data ~/my-dataset \
+    --calibrate ~/my-dataset/train2017 --max-ap-loss 0.01
+python jobs/export.py runs:/RUN_ID weights.pth      # weights only, under effdet's names
 """
 
 import sys
 
 import bootstrap  # noqa: F401  # first: it makes the packages below importable
-from orchestrator.config.cli import parse_export
+from orchestrator.config.export_cli import parse_export
 from orchestrator.launch.entry import run_job
 from orchestrator.launch.export_job import run_export_job
 

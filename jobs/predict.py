@@ -1,12 +1,16 @@
-"""Detect objects in images: a json in COCO's results format, and the images with boxes drawn.
+"""Detect objects in images and videos: COCO results or a table, and pictures with boxes drawn.
 
 python jobs/predict.py models:/detector@champion photos/ --output runs/predictions
+python jobs/predict.py runs:/RUN_ID s3://bucket/photos --output s3://bucket/found --workers 16
+python jobs/predict.py CHECKPOINT film.mp4 --every-s 0.5
+
+Interrupted, the same command goes on where it was.
 """
 
 import sys
 
 import bootstrap  # noqa: F401  # first: it makes the packages below importable
-from orchestrator.config.cli import parse_predict
+from orchestrator.config.predict_cli import parse_predict
 from orchestrator.launch.entry import run_job
 from orchestrator.launch.predict_job import run_predict_job
 

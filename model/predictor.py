@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -47,6 +48,12 @@ SERVED = (EMA_WEIGHTS, CONFIG, CLASSES)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 """Plain pixels only: Pillow hands others, such as EPS, to programs that run what is in them."""
 
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""Those that begin a segment with a length, or end the image."""
+FREE_SCANS = 16
+MAX_SCANNED_PIXELS = 1_500_000_000
+"""Progressive JPEGs have about ten passes."""
+
 ImageLike = bytes | NDArray[np.uint8] | Image.Image
 """An encoded file; or RGB pixels, uint8 [H, W, 3] or a Pillow image of mode RGB."""
 
@@ -68,6 +75,22 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image as the network takes it; size_wh as of a prediction."""
+
+    sample: Sample
+    size_wh: tuple[int, int]
+
+
+class UnknownImageError(DataError):
+    """Bytes that are none of FORMATS."""
+
+
+class LargeImageError(DataError):
+    """More pixels, or more work to decode, than is allowed."""
 
 
 class Predictor:
@@ -146,42 +169,49 @@ class Predictor:
 
         score_threshold: keep what scores above it (None: the configuration's).
         """
-        config = self.config
-        if score_threshold is not None:
-            config = replace(config, score=score_threshold)
         waiting = iter(images)
         while batch := list(islice(waiting, batch_size)):
-            yield from self._batch(batch, config)
+            yield from self._batch(batch, score_threshold)
 
-    @torch.inference_mode()
-    def _batch(self, images: Sequence[ImageLike], config: PostprocessConfig) -> list[Prediction]:
-        samples: list[Sample] = []
-        sizes: list[tuple[int, int]] = []
+    def prepare(self, image: ImageLike, max_pixels: int = MAX_PIXELS) -> Prepared:
+        """Decode and scale: the part that needs no network, for threads of its own.
+
+        Raises:
+            DataError: as read_image.
+        """
+        picture = read_image(image, max_pixels)
+        return Prepared(_letterboxed(picture, self.spec.image_size_px), picture.size)
+
+    def _batch(
+        self, images: Sequence[ImageLike], score_threshold: float | None
+    ) -> list[Prediction]:
+        ready: list[Prepared] = []
         problems: list[DataError | None] = []
         for image in images:
             try:
-                picture = read_image(image)
-                samples.append(_letterboxed(picture, self.spec.image_size_px))
-                sizes.append(picture.size)
+                ready.append(self.prepare(image))
                 problems.append(None)
             except DataError as error:
                 problems.append(error)
-        found = iter(self._detect(samples, sizes, config) if samples else ())
+        found = iter(self.detect(ready, score_threshold) if ready else ())
         return [next(found) if problem is None else self._nothing(problem) for problem in problems]
 
-    def _detect(
-        self,
-        samples: list[Sample],
-        sizes_wh: Sequence[tuple[int, int]],
-        config: PostprocessConfig,
+    @torch.inference_mode()
+    def detect(
+        self, images: Sequence[Prepared], score_threshold: float | None = None
     ) -> list[Prediction]:
+        """What is in prepared images, looked at together; score_threshold as of `stream`."""
+        config = self.config
+        if score_threshold is not None:
+            config = replace(config, score=score_threshold)
+        samples = [image.sample for image in images]
         batch = collate(samples).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             class_logits, box_codes = self.detector(batch.images)
         results = postprocess(class_logits, box_codes, self.anchors_xyxy, batch.sizes_hw, config)
         return [
-            self._in_source(result, sample.scale, size)
-            for result, sample, size in zip(results, samples, sizes_wh, strict=True)
+            self._in_source(result, image.sample.scale, image.size_wh)
+            for result, image in zip(results, images, strict=True)
         ]
 
     def _in_source(self, result: Detections, scale: float, size_wh: tuple[int, int]) -> Prediction:
@@ -220,19 +250,41 @@ def read_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _decoded(data: bytes, max_pixels: int) -> Image.Image:
     remedy = "replace it or take it out"
+    at_most = f"at most {max_pixels:,} pixels"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
             width, height = header.size
-        if width * height <= max_pixels:
-            return decode_image(data)
+            passes = _scans(data) if header.format in ("JPEG", "MPO") else 1
+        if width * height > max_pixels:
+            raise LargeImageError("image", at_most, f"{width} x {height}", "shrink it")
+        if passes > FREE_SCANS and passes * width * height > MAX_SCANNED_PIXELS:
+            raise LargeImageError(
+                "image", "a JPEG of a few passes", f"{passes} passes over {width} x {height}",
+                "save it anew",
+            )  # fmt: skip
+        return decode_image(data, formats=FORMATS)
+    except DataError:
+        raise
     except UnidentifiedImageError:
         expected = "one of " + ", ".join(FORMATS)
-        raise _unusable(expected, f"{len(data)} bytes that are none", remedy) from None
+        got = f"{len(data)} bytes that are none"
+        raise UnknownImageError("image", expected, got, remedy) from None
     except Image.DecompressionBombError as error:
-        raise _unusable(f"at most {max_pixels:,} pixels", _line(error), "shrink it") from None
+        raise LargeImageError("image", at_most, _line(error), "shrink it") from None
     except Exception as error:  # each image format has its own exceptions
         raise _unusable("a readable image", _line(error), remedy) from None
-    raise _unusable(f"at most {max_pixels:,} pixels", f"{width} x {height}", "shrink it")
+
+
+def _scans(data: bytes) -> int:
+    """Passes over the pixels that a JPEG asks for. Each costs time, and some bytes ask for many."""
+    place, scans = 2, 0
+    while (marker := JPEG_MARKER.search(data, place)) is not None:
+        kind, place = marker[0][1], marker.end()
+        if kind == 0xD9:  # end of the image; what follows is nobody's
+            break
+        place += int.from_bytes(data[place : place + 2], "big")
+        scans += kind == 0xDA
+    return scans
 
 
 def _letterboxed(picture: Image.Image, image_size_px: int) -> Sample:

@@ -18,11 +18,17 @@ SOURCES = sorted(
     for path in (ROOT / package).rglob("*.py")
 )
 HOMES = {
-    "ray": ("orchestrator/launch", "orchestrator/search"),
+    "ray": ("orchestrator/launch", "orchestrator/search", "orchestrator/serving"),
     "mlflow": ("orchestrator/records",),
     "fsspec": ("orchestrator/storage",),
     "s3fs": ("orchestrator/storage",),
     "pyarrow": ("orchestrator/storage",),
+    "av": ("orchestrator/storage",),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("orchestrator/export",)),
+    **dict.fromkeys(
+        ("fastapi", "starlette", "uvicorn", "werkzeug", "prometheus_client", "pydantic"),
+        ("orchestrator/serving",),
+    ),
 }
 MODEL_MAY_USE = {
     "model", "torch", "torchvision", "timm", "numpy", "PIL", "pycocotools", "faster_coco_eval",

@@ -49,16 +49,19 @@ class View:
     size_hw: tuple[int, int]
 
 
-def decode_image(data: bytes, draft_size_px: int | None = None) -> Image.Image:
-    """JPEG, PNG and what else Pillow reads -> RGB, rotated as EXIF says.
+def decode_image(
+    data: bytes, draft_size_px: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """JPEG, PNG and what else Pillow reads -> RGB, rotated as EXIF says; of several, the first.
 
     draft_size_px: let the JPEG decoder shrink by 2, 4 or 8 while both sides stay above this.
+    formats: Pillow's names of those to try (None: all).
 
     Raises:
         OSError: not an image, or a damaged one.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:  # a damaged header, or truly that large
         raise OSError(str(error)) from None
     if draft_size_px is not None:

@@ -30,6 +30,15 @@ class PostprocessConfig:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Before suppression. boxes_xyxy [B, C, 4] pixels, scores [B, C], labels int64 [B, C]."""
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class Detections:
     """Best first. boxes_xyxy [N, 4] pixels, scores [N], labels int64 [N]; one image, on the CPU."""
 
@@ -50,6 +59,17 @@ def postprocess(
 
     Boxes are clipped to the content (not to the padding) and stay in network pixels.
     """
+    return suppress(best_pairs(class_logits, box_codes, anchors_xyxy, sizes_hw, config), config)
+
+
+def best_pairs(
+    class_logits: Tensor,
+    box_codes: Tensor,
+    anchors_xyxy: Tensor,
+    sizes_hw: Tensor,
+    config: PostprocessConfig,
+) -> Candidates:
+    """The config's number of (anchor, class) pairs of each image, best first; see `postprocess`."""
     num_images, num_anchors, num_classes = class_logits.shape
     take = min(config.candidates, num_anchors * num_classes)
     logits, pairs = class_logits.reshape(num_images, -1).topk(take, dim=1)
@@ -57,8 +77,13 @@ def postprocess(
     codes = box_codes.gather(1, anchors.unsqueeze(-1).expand(-1, -1, 4))
     boxes = decode(codes, anchors_xyxy[anchors])
     sizes = sizes_hw.to(boxes.dtype)
-    boxes = clip(boxes, sizes[:, :1], sizes[:, 1:])
-    scores = logits.sigmoid()
+    return Candidates(clip(boxes, sizes[:, :1], sizes[:, 1:]), logits.sigmoid(), labels)
+
+
+@torch.no_grad()
+def suppress(candidates: Candidates, config: PostprocessConfig) -> list[Detections]:
+    """What is left of each image's candidates, in their pixels."""
+    boxes, scores, labels = candidates.boxes_xyxy, candidates.scores, candidates.labels
     if config.nms == "soft":
         keep, scores = soft_nms(boxes, scores, labels, config.sigma, config.detections)
         boxes = boxes.gather(1, keep.unsqueeze(-1).expand(-1, -1, 4))

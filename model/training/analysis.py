@@ -83,16 +83,16 @@ def match(
     duplicate, background, both: the order of TIDE's implementation.
     """
     order = np.lexsort((rows[:, 0], -rows[:, 5]))
-    detection, truth, iou = _pairs(index, rows, background_iou)
+    detection, truth, iou = pairs(index, rows, background_iou)
     same = index.labels[truth] == rows[detection, 6]
     crowd, fits = index.crowd[truth], iou >= foreground_iou
-    late = _beyond_limit(index, rows, order)
+    late = beyond_limit(index, rows, order)
     chosen = same & fits & ~crowd & ~late[detection]
     owner = _greedy(order, detection[chosen], truth[chosen], len(index.labels))
 
-    def best(pairs: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def best(kept: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         box, overlap = np.full(len(rows), -1), np.zeros(len(rows))
-        box[detection[pairs]], overlap[detection[pairs]] = truth[pairs], iou[pairs]
+        box[detection[kept]], overlap[detection[kept]] = truth[kept], iou[kept]
         return box, overlap  # pairs come by ascending IoU: the last one written stays
 
     own, own_iou = best(same & ~crowd)
@@ -126,7 +126,7 @@ def _ground_truth(
     return found, ~(found | tried | index.crowd)
 
 
-def _pairs(
+def pairs(
     index: CocoIndex, rows: NDArray[np.float64], min_iou: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Detection, ground-truth box and IoU of all pairs that reach min_iou, by ascending IoU.
@@ -174,7 +174,7 @@ def _overlap(
     return iou
 
 
-def _beyond_limit(
+def beyond_limit(
     index: CocoIndex, rows: NDArray[np.float64], order: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Detections [n] that COCO does not look at: past the hundredth of their image and class."""
@@ -329,7 +329,7 @@ def confusion(
     if threshold is None:
         threshold, _ = best_f1(index, matches)
     rows = matches.rows[(matches.scores >= threshold) & (matches.kind != Kind.IGNORED)]
-    detection, truth, iou = _pairs(index, rows, FOREGROUND_IOU)
+    detection, truth, iou = pairs(index, rows, FOREGROUND_IOU)
     same = index.labels[truth] == rows[detection, 6]
     turn = np.lexsort((truth, same, iou))
     turn = turn[~index.crowd[truth[turn]]]

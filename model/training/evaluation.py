@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from model.data.dataset import DetectionDataset
 from model.data.index import CocoIndex
 from model.data.loader import evaluation_batches
-from model.detection.postprocess import PostprocessConfig, postprocess
+from model.detection.postprocess import Detections, PostprocessConfig, postprocess
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -117,15 +118,24 @@ def detect(
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             class_logits, box_codes = detector(on_device.images)
         results = postprocess(class_logits, box_codes, anchors_xyxy, on_device.sizes_hw, config)
-        for image, scale, result in zip(batch.indices, batch.scales, results, strict=True):
-            rows = np.empty((len(result.scores), COLUMNS))
-            boxes = result.boxes_xyxy.double().numpy() / float(scale)
-            rows[:, 0] = int(image)
-            rows[:, 1:3] = boxes[:, :2]
-            rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
-            rows[:, 5] = result.scores.double().numpy()
-            rows[:, 6] = result.labels.numpy()
-            found.append(rows)
+        found.append(as_rows(batch.indices, batch.scales, results))
+    return np.concatenate(found)
+
+
+def as_rows(
+    images: Sequence[int] | Tensor, scales: Sequence[float] | Tensor, results: Sequence[Detections]
+) -> NDArray[np.float64]:
+    """Detections of each image as rows [n, COLUMNS]; scales: their pixels in one of the source."""
+    found = [np.empty((0, COLUMNS))]
+    for image, scale, result in zip(images, scales, results, strict=True):
+        rows = np.empty((len(result.scores), COLUMNS))
+        boxes = result.boxes_xyxy.double().numpy() / float(scale)
+        rows[:, 0] = int(image)
+        rows[:, 1:3] = boxes[:, :2]
+        rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
+        rows[:, 5] = result.scores.double().numpy()
+        rows[:, 6] = result.labels.numpy()
+        found.append(rows)
     return np.concatenate(found)
 
 

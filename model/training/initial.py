@@ -5,12 +5,10 @@ Shape legend: A anchors a cell, K classes of the data, K' classes of the source,
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +23,8 @@ WHERE = "model.init"
 COCO_OUTPUTS = 90
 CLASS_PREDICTOR = "class_head.predict.pointwise."
 BOX_PREDICTOR = "box_head.predict.pointwise."
+ANEW = "starts anew"
+"""In a note: a predictor keeps nothing of the source."""
 
 
 def load_initial(detector: Detector, path: Path, classes: ClassMap) -> list[str]:
@@ -45,7 +45,7 @@ def load_initial(detector: Detector, path: Path, classes: ClassMap) -> list[str]
     notes += _fit_classes(tensors, names, detector, classes)
     if _outputs(tensors, BOX_PREDICTOR) not in (None, 4 * detector.spec.anchors_per_cell):
         _drop(tensors, BOX_PREDICTOR)
-        notes.append("box predictor starts anew: other anchors")
+        notes.append(f"box predictor {ANEW}: other anchors")
     fresh = tuple(
         name for name in (CLASS_PREDICTOR, BOX_PREDICTOR) if f"{name}weight" not in tensors
     )
@@ -68,10 +68,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Sequence[str | None] | None]:
             tensors = unwrap(load_file(path))
         else:
             tensors = unwrap(torch.load(path, weights_only=True, map_location="cpu"))
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # reading what is no weight file may fail in any way
         raise ConfigError(
             WHERE, "a weight file: .pth with tensors only, or .safetensors",
-            f"{path} ({str(error).splitlines()[0]})", "correct the path, or convert the file",
+            f"{path} ({(str(error) or type(error).__name__).splitlines()[0]})", "correct the path, or convert the file",
         ) from None  # fmt: skip
     outputs, anchors = (
         tensors.get(f"{net}.predict.conv_pw.bias") for net in ("class_net", "box_net")
@@ -93,7 +93,7 @@ def _fit_classes(
     outputs, spec = _outputs(tensors, CLASS_PREDICTOR), detector.spec
     if outputs is None or outputs % spec.anchors_per_cell:
         _drop(tensors, CLASS_PREDICTOR)
-        return ["class predictor starts anew: other anchors"]
+        return [f"class predictor {ANEW}: other anchors"]
     there = outputs // spec.anchors_per_cell
     if names is not None and set(classes.names) <= set(names):
         if tuple(names) == classes.names:
@@ -107,7 +107,7 @@ def _fit_classes(
     if names is None and there == classes.num_classes:
         return [f"class predictor: {there} classes there and here, taken in order of category id"]
     _drop(tensors, CLASS_PREDICTOR)
-    return [f"class predictor starts anew: {there} classes there, {classes.num_classes} here"]
+    return [f"class predictor {ANEW}: {there} classes there, {classes.num_classes} here"]
 
 
 def _check(

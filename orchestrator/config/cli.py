@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn
 
 import yaml
 
 from orchestrator.config import codec
-from orchestrator.config.schema import RunConfig, TrainJob
+from orchestrator.config.schema import TrainJob
 from orchestrator.errors import ConfigError, nearest
 
 
@@ -130,23 +130,6 @@ class BenchmarkOptions:
     gb_per_s: float | None = None
 
 
-Format = Literal["effdet"]
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """checkpoint: folder or URI; output: a .pth or .safetensors file."""
-
-    checkpoint: str
-    output: Path
-    format: Format
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    json: bool
-
-
 @dataclass(frozen=True)
 class PromoteRequest:
     """run_id: whose checkpoint (best, last or a step) becomes the model `name`, known by `alias`.
@@ -169,35 +152,6 @@ class PromoteRequest:
 class PromoteOptions:
     dry_run: bool
     json: bool
-
-
-@dataclass(frozen=True)
-class PredictRequest:
-    """model: any name of one; images: files, folders, globs, URLs; output: a folder.
-
-    score: detections above it are kept; batch_size: images at once; draw: also draw them.
-    """
-
-    model: str
-    images: tuple[str, ...]
-    output: Path = Path("runs/predictions")
-    score: float = 0.3
-    batch_size: int = 8
-    draw: bool = True
-    tracking_uri: str | None = None
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    json: bool
-
-
-@dataclass(frozen=True)
-class DoctorRequest:
-    """replay: places whose records are sent. tracking_uri: where to (None: where each run says)."""
-
-    replay: tuple[str, ...]
-    tracking_uri: str | None
 
 
 @dataclass(frozen=True)
@@ -327,26 +281,6 @@ def parse_benchmark(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, Benc
     )
 
 
-def parse_export(description: str, argv: Sequence[str]) -> tuple[ExportRequest, ExportOptions]:
-    """What to write and where.
-
-    Raises:
-        ConfigError: anything that is not understood.
-    """
-    parser = Parser(
-        prog="jobs/export.py",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", help="a checkpoint's folder or URI")
-    parser.add_argument("output", type=Path, help="a .pth or .safetensors file")
-    parser.add_argument("--format", choices=get_args(Format), default="effdet", help="(effdet)")
-    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
-    given = parser.parse_args(argv)
-    return ExportRequest(given.checkpoint, given.output, given.format), ExportOptions(given.json)
-
-
 def parse_promote(description: str, argv: Sequence[str]) -> tuple[PromoteRequest, PromoteOptions]:
     """Which run's checkpoint to promote, and what it must show.
 
@@ -392,66 +326,6 @@ def _requirement(text: str) -> tuple[str, float]:
             "--require", "METRIC>=VALUE", repr(text), "as in --require 'val/AP>=0.3', in quotes"
         )
     return metric, value
-
-
-def parse_predict(description: str, argv: Sequence[str]) -> tuple[PredictRequest, PredictOptions]:
-    """Which model looks at which images, and where the results go.
-
-    Raises:
-        ConfigError: anything that is not understood.
-    """
-    parser = plain_parser("jobs/predict.py", description)
-    add, default = parser.add_argument, PredictRequest("", ())
-    add(
-        "model", metavar="MODEL",
-        help="a checkpoint, runs:/RUN_ID, models:/NAME@ALIAS or models:/NAME/VERSION",
-    )  # fmt: skip
-    add("images", metavar="IMAGES", nargs="+", help="files, folders, globs or URLs (s3://…)")
-    add("--output", type=Path, default=default.output, metavar="FOLDER", help=f"({default.output})")
-    add(
-        "--score", type=float, default=default.score, metavar="X",
-        help=f"keep detections above it ({default.score})",
-    )  # fmt: skip
-    add(
-        "--batch-size", type=int, default=default.batch_size, metavar="N",
-        help=f"images at once ({default.batch_size})",
-    )  # fmt: skip
-    add("--no-draw", action="store_true", help="write detections.json only")
-    add("--tracking-uri", metavar="URI", help="MLflow server or database (MLFLOW_TRACKING_URI)")
-    add("--json", action="store_true", help="last line of output: one json object")
-    given = parser.parse_args(argv)
-    if given.batch_size < 1:
-        raise ConfigError("--batch-size", "at least 1", str(given.batch_size))
-    if not 0.0 <= given.score < 1.0:
-        raise ConfigError("--score", "0 <= X < 1", str(given.score))
-    request = PredictRequest(
-        given.model, tuple(given.images), given.output, given.score, given.batch_size,
-        not given.no_draw, given.tracking_uri,
-    )  # fmt: skip
-    return request, PredictOptions(given.json)
-
-
-def parse_doctor(description: str, argv: Sequence[str]) -> tuple[DoctorRequest, DoctorOptions]:
-    """What to look after.
-
-    Raises:
-        ConfigError: anything that is not understood.
-    """
-    parser = plain_parser("jobs/doctor.py", description)
-    parser.add_argument(
-        "--replay", nargs="*", metavar="PLACE",
-        help="send the records that MLflow did not take: a job's output folder (runs), one run's "
-        "records, or the folder or URI of its checkpoints",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tracking-uri", metavar="URI", help="send them there (where each run was tracked)"
-    )
-    parser.add_argument("--json", action="store_true", help="last line of output: one json object")
-    given = parser.parse_args(argv)
-    if given.replay is None:
-        raise ConfigError("command line", "something to do", "nothing", "as in --replay runs")
-    places = tuple(given.replay) or (RunConfig().output,)
-    return DoctorRequest(places, given.tracking_uri), DoctorOptions(given.json)
 
 
 def plain_parser(program: str, description: str) -> Parser:

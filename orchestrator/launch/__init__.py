@@ -1,5 +1,5 @@
-"""Who runs a training. Nothing but this folder and search/ imports Ray, so it finds set, whoever comes
-first, what it decides about when it is imported.
+"""Who runs a training. Nothing but this folder, search/ and serving/ imports Ray, so it finds set,
+whoever comes first, what it decides about when it is imported.
 """
 
 from __future__ import annotations

@@ -1,35 +1,41 @@
-"""Prediction as a job: images in batches -> detections.json and drawn images."""
+"""Prediction as a job: images in shards -> parts, committed one by one -> one file of results."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TextIO, cast
 
-from model.drawing import draw
-from model.predictor import Prediction, Predictor, read_image
-from orchestrator.config.cli import PredictOptions, PredictRequest
-from orchestrator.config.schema import TrainJob
-from orchestrator.errors import ConfigError, DataError
-from orchestrator.launch.progress import print_table
+from orchestrator.config.predict_cli import PredictOptions, PredictRequest
+from orchestrator.config.schema import RunConfig, TrainJob
+from orchestrator.errors import GaveUpError
+from orchestrator.launch.fleet import Crew, work_through
+from orchestrator.launch.packed_model import PackedModel
+from orchestrator.launch.predict_plan import Shards, draws, plan_of, threads_of
+from orchestrator.launch.predict_progress import PredictProgress
+from orchestrator.launch.predict_worker import Looker
+from orchestrator.launch.progress import Row, print_table
 from orchestrator.launch.resolve import output_folder
 from orchestrator.records.sources import open_model
 from orchestrator.records.tracker import tracking_uri
-from orchestrator.storage.images import ImageFile, list_images, read_batches
+from orchestrator.storage.filesystems import open_place
+from orchestrator.storage.images import list_images
+from orchestrator.storage.merging import merge
+from orchestrator.storage.predictions import DRAWN, FAILED, OUTPUT, Part, PredictionFolder
+from orchestrator.storage.videos import Every
 
-DETECTIONS, DRAWN = "detections.json", "drawn"
-JPEG_QUALITY = 90
+FEW_IMAGES = 32
+SAID_FAILURES = 100
 
 
 @dataclass(frozen=True)
 class PredictOutcome:
-    """code: 0, or 1 if an image could not be used."""
+    """code: 0; 1 if an image could not be used, or workers died too often."""
 
     code: int
     report: dict[str, Any]
@@ -40,136 +46,181 @@ def run_predict_job(
 ) -> PredictOutcome:
     """Look at every image; a bad one is said in a line, counted and left out.
 
+    What an interrupted prediction of the same plan has done is not done again.
+
     Raises:
         UserError: no such model or images, an output that cannot be written, a storage that fails.
     """
-    images = list_images(request.images)
-    ids, numbered_by = image_ids([image.name for image in images])
+    out = out or sys.stdout
+    every = Every(request.frames_every, request.every_s)
+    crew = _crew(request)
     uri = tracking_uri(request.tracking_uri, output_folder(TrainJob())[0])
-    with open_model(request.model, uri) as folder:
-        predictor = Predictor.load(folder)
-    began = time.monotonic()
-    try:
-        with _json_list(request.output / DETECTIONS) as results:
-            writer = _Writer(request, results, dict(zip(images, ids, strict=True)))
-            for batch in read_batches(images, request.batch_size):
-                writer.add(batch, predictor)
-    except OSError as error:
-        raise ConfigError(
-            "--output", "a folder that can be written", f"{request.output} ({error})",
-            "choose another",
-        ) from None  # fmt: skip
-    seconds = time.monotonic() - began
-    report = {
-        "status": "finished",
-        "model": request.model,
-        "images": len(images),
-        "failed": len(writer.failed),
-        "detections": results.number,
-        "image_ids": numbered_by,
-        "output": str(request.output.absolute()),
-        "img_per_s": round(len(images) / seconds, 2),
-    }
-    rows = [
-        ("images", f"{len(images)}, {len(writer.failed)} of them could not be used"),
-        ("detections", f"{results.number} above {request.score:g}; image_id is {numbered_by}"),
-        ("speed", f"{report['img_per_s']} images/s on {predictor.device.type}"),
-        ("output", str(request.output / DETECTIONS)),
-    ]
-    rows += [("drawn", f"{request.output / DRAWN}/")] if request.draw else []
-    print_table(request.model, rows, out or sys.stdout)
-    return PredictOutcome(1 if writer.failed else 0, report)
+    with open_model(request.model, uri) as checkpoint:
+        model = PackedModel.of(checkpoint)
+    images = list_images(request.images, tell=lambda n: print(f"found {n} images …", file=out))
+    shards = Shards(images, request.batch_size, draw=draws(request, images))
+    plan = plan_of(request, shards, model)
+    folder = PredictionFolder(open_place(_output(request), OUTPUT))
+    with folder.alone():
+        folder.begin(plan, fresh=options.fresh)
+        job = _Prediction(request, shards, folder, out)
+        known = folder.report()
+        if known is not None and folder.has(job.results):
+            folder.remove_parts()
+            print("finished before: nothing is left to do; --fresh predicts anew", file=out)
+            return job.conclude(known)
+        looker = Looker(
+            model, folder, plan, tuple(images.local_folders()), request.score,
+            request.batch_size, every, use_gpu=False if request.gpus_per_worker == 0 else None,
+        )  # fmt: skip
+        if crew.workers is None and len(images) <= FEW_IMAGES and not os.environ.get("RAY_ADDRESS"):
+            crew = replace(crew, workers=0)
+        return job.run(looker, crew)
 
 
-def image_ids(names: Sequence[str]) -> tuple[list[int], str]:
-    """Numbers for COCO's image_id, and what they are: the file names' if all are different numbers."""
-    stems = [PurePosixPath(name).stem for name in names]
-    if all(stem.isascii() and stem.isdigit() for stem in stems):
-        numbers = [int(stem) for stem in stems]
-        if len(set(numbers)) == len(numbers):
-            return numbers, "the file name's number"
-    return list(range(1, len(names) + 1)), "a running number"
+class _Prediction:
+    """The driver's part of one prediction."""
+
+    def __init__(
+        self, request: PredictRequest, shards: Shards, folder: PredictionFolder, out: TextIO
+    ) -> None:
+        self.request, self.shards, self.folder, self.out = request, shards, folder, out
+        self.results = f"detections.{request.format}"
+
+    def run(self, looker: Looker, crew: Crew) -> PredictOutcome:
+        done = self.folder.done()
+        if done:
+            print(
+                f"goes on: {len(done)} of {len(self.shards)} shards are there already",
+                file=self.out,
+            )
+        began = time.monotonic()
+        progress = PredictProgress(
+            images=len(self.shards.images),
+            done=sum(self.shards.files(number) for number in done),
+            frames=self.shards.shifted, stream=self.out,
+        )  # fmt: skip
+        try:
+            with _interruptible():
+                self._look(looker, crew, progress, done)
+        except GaveUpError as error:
+            progress.close()
+            print(f"failed: {error}\n{error.cause}", file=sys.stderr, flush=True)
+            return self._unfinished("failed", done)
+        except KeyboardInterrupt:
+            progress.close()
+            return self._unfinished("interrupted", done, code=130)
+        finally:
+            progress.close()
+        seconds = time.monotonic() - began
+        report = self._merge(done)
+        report["img_per_s"] = round(progress.looked_at / seconds, 2)
+        self.folder.finish(report)
+        return self.conclude(report)
+
+    def _look(
+        self, looker: Looker, crew: Crew, progress: PredictProgress, done: dict[int, Part]
+    ) -> None:
+        """done: is added to."""
+        said = 0
+        working = work_through(self.shards.without(done), looker, crew, say=progress.say)
+        with closing(cast("Any", working)):
+            for shard, part in working:
+                done[part.number] = replace(part, failed=())
+                for failure in part.failed:
+                    said += 1
+                    if said <= SAID_FAILURES:
+                        print(failure.problem, file=sys.stderr, flush=True)
+                    elif said == SAID_FAILURES + 1:
+                        print(f"more of them will be in {FAILED}", file=sys.stderr, flush=True)
+                progress.add(len(shard.items), part)
+
+    def _merge(self, done: Mapping[int, Part]) -> dict[str, Any]:
+        """All parts into one file, in order; what is to be said of them."""
+        with self.folder.writing(self.results) as draft:
+            merge(self.folder.all_rows(self._offsets(done)), draft, self.request.format)
+        failed = self.folder.write_failed(len(self.shards))
+        images = sum(part.images for part in done.values())
+        return {
+            "status": "finished",
+            "model": self.request.model,
+            "images": images,
+            "failed": failed,
+            "detections": sum(part.detections for part in done.values()),
+            "image_ids": self.shards.numbered_by,
+            "devices": sorted({part.device for part in done.values()}),
+            "output": self.folder.shown,
+        }
+
+    def _offsets(self, done: Mapping[int, Part]) -> Iterator[tuple[int, int]]:
+        """(shard, what its image_ids are raised by)."""
+        first = 1
+        for number in range(len(self.shards)):
+            yield number, first if self.shards.shifted else 0
+            first += done[number].images
+
+    def _unfinished(self, status: str, done: Mapping[int, Part], code: int = 1) -> PredictOutcome:
+        left = len(self.shards) - len(done)
+        print(
+            f"{status}: the same command goes on with the {left} of {len(self.shards)} shards left",
+            file=self.out,
+        )
+        return PredictOutcome(
+            code,
+            {
+                "status": status,
+                "shards": len(self.shards),
+                "shards_done": len(done),
+                "output": self.folder.shown,
+            },
+        )
+
+    def conclude(self, report: Mapping[str, Any]) -> PredictOutcome:
+        """The table at the end."""
+        devices = ", ".join(report["devices"])
+        numbered_by, failed = report["image_ids"], report["failed"]
+        rows: list[Row] = [
+            ("images", f"{report['images']}; files that could not be used: {failed}"),
+            (
+                "detections",
+                f"{report['detections']} above {self.request.score:g}; image_id is {numbered_by}",
+            ),
+            ("speed", f"{report['img_per_s']:g} images/s on {devices}"),
+            ("output", f"{self.folder.shown}/{self.results}"),
+        ]
+        rows += [("drawn", f"{self.folder.shown}/{DRAWN}/")] if self.shards.draw else []
+        rows += [("failed", f"{self.folder.shown}/{FAILED}")] if failed else []
+        print_table(self.request.model, rows, self.out)
+        return PredictOutcome(1 if failed else 0, dict(report))
 
 
-class _JsonList:
-    """Rows of a json list, written as they come."""
+def _crew(request: PredictRequest) -> Crew:
+    """Raises ConfigError: one that cannot be."""
+    return Crew(
+        workers=request.workers,
+        cpus_per_worker=request.cpus_per_worker,
+        gpus_per_worker=request.gpus_per_worker,
+        threads=threads_of(request),
+        max_failures=request.max_failures,
+    )
 
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.number = file, 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.file.write((",\n" if self.number else "\n") + json.dumps(row))
-        self.number += 1
+def _output(request: PredictRequest) -> str:
+    if "://" in request.output:
+        return request.output
+    folder, _ = output_folder(TrainJob(run=RunConfig(output=request.output)))
+    return str(folder)
 
 
 @contextmanager
-def _json_list(path: Path) -> Iterator[_JsonList]:
-    """The file gets its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    with draft.open("w") as file:
-        file.write("[")
-        yield _JsonList(file)
-        file.write("\n]\n")
-    os.replace(draft, path)
+def _interruptible() -> Iterator[None]:
+    """SIGTERM (what a job stop sends) ends the driver as Ctrl-C does: workers are stopped properly."""
 
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
 
-@dataclass
-class _Writer:
-    request: PredictRequest
-    results: _JsonList
-    ids: dict[ImageFile, int]
-    failed: list[str] = field(default_factory=list)
-    drawn: set[Path] = field(default_factory=set)
-
-    def add(self, batch: Sequence[tuple[ImageFile, bytes | DataError]], ask: Predictor) -> None:
-        """Predict, write, draw."""
-        readable = [(image, data) for image, data in batch if isinstance(data, bytes)]
-        found = ask.predict(
-            [data for _, data in readable],
-            score_threshold=self.request.score,
-            batch_size=self.request.batch_size,
-        )
-        predicted = dict(zip((image for image, _ in readable), found, strict=True))
-        for image, data in batch:
-            problem = data if isinstance(data, DataError) else predicted[image].problem
-            if problem is not None:
-                self._say(image, problem)
-                continue
-            assert isinstance(data, bytes)
-            self._write(image, predicted[image])
-            if self.request.draw:
-                self._draw(image, data, predicted[image])
-
-    def _say(self, image: ImageFile, problem: DataError) -> None:
-        self.failed.append(image.name)
-        where = f"image {image.place.uri}"
-        said = DataError(where, problem.expected, problem.got, problem.remedy)
-        print(said, file=sys.stderr, flush=True)
-
-    def _write(self, image: ImageFile, found: Prediction) -> None:
-        for box, score, category_id, name in zip(
-            found.boxes_xywh.tolist(), found.scores.tolist(), found.category_ids.tolist(),
-            found.names, strict=True,
-        ):  # fmt: skip
-            self.results.add(
-                {
-                    "image_id": self.ids[image],
-                    "category_id": category_id,
-                    "bbox": box,
-                    "score": score,
-                    "category": name,
-                    "file_name": image.name,
-                }
-            )
-
-    def _draw(self, image: ImageFile, data: bytes, found: Prediction) -> None:
-        # A key of an object store may hold what would lead out of the folder.
-        parts = [part for part in PurePosixPath(image.name).parts if part not in ("..", "/", ".")]
-        stem = PurePosixPath(*parts).with_suffix("")
-        path = self.request.output / DRAWN / f"{stem}.jpg"
-        if path in self.drawn:  # the same name in another folder, or with another suffix
-            path = path.with_stem(f"{path.stem}-{self.ids[image]}")
-        self.drawn.add(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw(read_image(data), found).save(path, quality=JPEG_QUALITY)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -20,7 +20,7 @@ from model.data.sampler import plan_batch
 from model.detection.anchors import make_anchors
 from model.network.detector import Detector
 from model.network.footprint import GIB, activations
-from model.network.scaling import ModelConfig, resolve
+from model.network.scaling import ModelConfig, NetworkSpec, resolve
 from model.training.analysis import best_anchor_iou
 from model.training.initial import load_initial
 from orchestrator.config.schema import CheckpointConfig, TrainJob
@@ -237,9 +237,13 @@ def with_loader_workers(resolved: ResolvedJob, hardware: Hardware) -> ResolvedJo
     return replace(resolved, recipe=replace(resolved.recipe, loader_workers=workers))
 
 
-def anchor_ious(resolved: ResolvedJob, index: CocoIndex, limit: int = 5000) -> NDArray[np.float32]:
-    """Best overlap of training boxes, as the network sees them unaugmented, with any anchor."""
-    spec = resolved.recipe.network
+def anchor_ious(resolved: ResolvedJob, index: CocoIndex) -> NDArray[np.float32]:
+    """Of the training boxes; see `anchor_overlaps`."""
+    return anchor_overlaps(resolved.recipe.network, index)
+
+
+def anchor_overlaps(spec: NetworkSpec, index: CocoIndex, limit: int = 5000) -> NDArray[np.float32]:
+    """Best overlap of boxes, as the network sees them unaugmented, with any anchor."""
     real = ~index.crowd
     owner = torch.repeat_interleave(
         torch.arange(len(index)), torch.from_numpy(index.offsets).diff()

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from model.data.dataset import DetectionDataset, Reader
 from model.data.folder import FolderReader, SplitPaths, find_images, find_split
@@ -143,7 +143,7 @@ def resolve_job(job: TrainJob) -> tuple[ResolvedJob, CocoIndex, CocoIndex]:
     _check_numbers(job)
     job = as_published(job)
     output, notes = output_folder(job)
-    train, val, more = _splits(job, output)
+    train, val, more = find_splits(job, output)
     notes += more
     train_index = train.index(job.data.classes)
     val_index = train_index if val == train else val.index(job.data.classes)
@@ -279,19 +279,41 @@ def _is_demo(job: TrainJob) -> bool:
     return data.root == DEMO and data.train.annotations is None and not Path(DEMO).is_dir()
 
 
-def _splits(job: TrainJob, output: Path) -> tuple[Split, Split, list[str]]:
-    data, notes = job.data, []
-    root = open_path(data.root, "data.root")
-    if _is_demo(job):
-        root = output / "data" / DEMO
-        try:
-            made = ensure_shapes(root, data.shapes)
-        except (FileExistsError, OSError) as error:
-            raise DataError(
-                "data.shapes", "room for the demo dataset", str(error),
-                "remove it or choose another --output",
-            ) from None  # fmt: skip
-        notes.append(f"demo dataset shapes {'drawn' if made else 'found'} in {root}")
+def find_one_split(job: TrainJob, name: Literal["train", "val"]) -> tuple[Split | None, list[str]]:
+    """One split of a job's data, None where there is none, and what to say of it.
+
+    Raises:
+        UserError: not where it was said to be.
+    """
+    output, notes = output_folder(job)
+    root, more = _root(job, output)
+    config = {"train": job.data.train, "val": job.data.val}[name]
+    return _split(config, root, name, job.data.cache), notes + more
+
+
+def _root(job: TrainJob, output: Path) -> tuple[Path, list[str]]:
+    """Where the data lie, and what to say of it; the demo is made first."""
+    if not _is_demo(job):
+        return open_path(job.data.root, "data.root"), []
+    root = output / "data" / DEMO
+    try:
+        made = ensure_shapes(root, job.data.shapes)
+    except (FileExistsError, OSError) as error:
+        raise DataError(
+            "data.shapes", "room for the demo dataset", str(error),
+            "remove it or choose another --output",
+        ) from None  # fmt: skip
+    return root, [f"demo dataset shapes {'drawn' if made else 'found'} in {root}"]
+
+
+def find_splits(job: TrainJob, output: Path) -> tuple[Split, Split, list[str]]:
+    """Where training and validation data lie, and what to say of it. Nothing is read but the demo made.
+
+    Raises:
+        UserError: not where they were said to be.
+    """
+    data = job.data
+    root, notes = _root(job, output)
     train = _split(data.train, root, "train", data.cache)
     if train is None:
         raise DataError(

@@ -37,7 +37,9 @@ def rgb(figure: Figure) -> NDArray[np.uint8]:
     return pixels[..., :3].copy()
 
 
-def precision_recall(*, precision: NDArray[np.float64], names: Sequence[str], step: int) -> Figure:
+def precision_recall(
+    *, precision: NDArray[np.float64], names: Sequence[str], step: int | None
+) -> Figure:
     """precision [10, 101, K] over IoU 0.5..0.95, recall and class; -1 without ground truth.
 
     Up to ten classes get a line each at IoU 0.5; more become the band of the middle 80 %.
@@ -80,7 +82,7 @@ def precision_recall(*, precision: NDArray[np.float64], names: Sequence[str], st
     return figure
 
 
-def class_ap(*, ap: Mapping[str, float], step: int) -> Figure:
+def class_ap(*, ap: Mapping[str, float], step: int | None) -> Figure:
     """AP of each class by name, best first; in columns of forty."""
     ranked = sorted(ap.items(), key=lambda item: (-item[1], item[0]))
     columns = [ranked[i : i + 40] for i in range(0, len(ranked), 40)] or [[]]
@@ -108,7 +110,7 @@ def class_ap(*, ap: Mapping[str, float], step: int) -> Figure:
 
 
 def confusion_matrix(
-    *, counts: NDArray[np.int64], names: Sequence[str], threshold: float, step: int
+    *, counts: NDArray[np.int64], names: Sequence[str], threshold: float, step: int | None
 ) -> Figure:
     """counts [K + 1, K + 1] of `analysis.confusion`; shares of each row; numbers in few cells."""
     few = len(names) <= NAMED_CLASSES
@@ -140,7 +142,7 @@ def confusion_matrix(
     return figure
 
 
-def error_kinds(*, errors: ErrorKinds, step: int) -> Figure:
+def error_kinds(*, errors: ErrorKinds, step: int | None) -> Figure:
     """How many mistakes of each kind, and what AP50 each of them costs."""
     figure = _figure("Kinds of mistakes (TIDE)", step, size=(10, 3.9))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -169,7 +171,7 @@ def error_kinds(*, errors: ErrorKinds, step: int) -> Figure:
     return figure
 
 
-def calibration(*, calibration: Calibration, step: int) -> Figure:
+def calibration(*, calibration: Calibration, step: int | None) -> Figure:
     """Reliability diagram above the number of detections in each bin."""
     found = calibration
     figure = _figure("Calibration of scores", step, size=(6, 6.4))

@@ -22,20 +22,17 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.data.transforms import decode_image
 from model.training import analysis
-from model.training.evaluation import Evaluation
 from model.training.fit import FUSION
 from orchestrator.records import figures
+from orchestrator.records.exhibits import FIXED, Exhibits
 from orchestrator.records.gallery import LONGEST_S, NICE, Exhibition, Showing, stepped_name
-from orchestrator.records.pictures import Picture, picture_sheet
 from orchestrator.records.run import TrackedRun
 from orchestrator.records.sender import Sender, open_spool
 from orchestrator.storage.filesystems import open_place
 
 logger = logging.getLogger(__name__)
 
-FIXED, EXTREME = 8, 4
 DPI = 110
 CLOSE_TIMEOUT_S = 6.0
 HISTORY_TIMEOUT_S = "5"
@@ -49,78 +46,30 @@ class Painter:
         self.carried = open_place(exhibition.carried_uri, "checkpoint.uri")
         self.spool = open_spool(exhibition.folder / "figures.jsonl", self.carried)
         self.sender = Sender(exhibition.run, self.spool, carry_to=self.carried)
-        self.fixed = analysis.fixed_images(exhibition.index, FIXED)
+        self.fixed = [int(i) for i in analysis.fixed_images(exhibition.index, FIXED)]
         self.history = _recall(exhibition.run)
 
     def paint(self, showing: Showing) -> None:
         evaluation, index, step = showing.evaluation, self.exhibition.index, showing.step
-        names = index.classes.names
         for key, value in showing.fusion.items():
             steps, values = self.history.setdefault(key, ([], []))
             if not steps or steps[-1] < step:
                 steps.append(step)
                 values.append(value)
-        matches = analysis.match(index, evaluation.rows)
-        threshold, _ = analysis.best_f1(index, matches)
-        quality = analysis.image_quality(index, matches, threshold=threshold)
-        best, worst = analysis.best_and_worst(index, quality, num=EXTREME)
-        for key, title, chosen in (
-            ("validation", "the same images at every evaluation", self.fixed),
-            ("validation best", "best images", best),
-            ("validation worst", "worst images", worst),
-        ):
-            title = f"{title}, step {step}, boxes of score {threshold:.2f} and more"
-            sheet = self._sheet(evaluation, [int(i) for i in chosen], threshold, title)
+        exhibits = Exhibits.of(index, self.exhibition.read, evaluation, step)
+        for key, sheet in exhibits.sheets(self.fixed, "the same images at every evaluation"):
             self._stepped(key, sheet, showing)
-        drawn = {
-            "precision_recall": figures.precision_recall(
-                precision=evaluation.precision.astype(np.float64), names=names, step=step
-            ),
-            "class_ap": figures.class_ap(ap=_class_ap(evaluation), step=step),
-            "confusion": figures.confusion_matrix(
-                counts=analysis.confusion(index, matches, threshold=threshold), names=names,
-                threshold=threshold, step=step,
-            ),
-            "error_kinds": figures.error_kinds(
-                errors=analysis.error_kinds(index, matches, threshold=threshold), step=step
-            ),
-            "calibration": figures.calibration(
-                calibration=analysis.calibration(matches), step=step
-            ),
-            "anchor_recall": figures.anchor_recall(
-                best_iou=self.exhibition.anchor_ious, subject="training boxes"
-            ),
-        }  # fmt: skip
+        drawn = dict(exhibits.figures(self.exhibition.anchor_ious, "training boxes"))
         if self.history:
             drawn["fusion_weights"] = figures.fusion_weights(history=self.history)
             self._stepped("fusion weights", figures.rgb(drawn["fusion_weights"]), showing)
         for name, figure in drawn.items():
             self._latest(name, figure)
-        self._table("eval/per_class.json", ["class", "AP"], _class_ap(evaluation))
+        self._table("eval/per_class.json", ["class", "AP"], exhibits.class_ap())
         self.sender.log({"op": "tags", "tags": {MLFLOW_LOGGED_IMAGES: "True"}})
 
     def close(self) -> None:
         self.sender.close(CLOSE_TIMEOUT_S)
-
-    def _sheet(
-        self, evaluation: Evaluation, chosen: list[int], threshold: float, title: str
-    ) -> NDArray[np.uint8]:
-        index, pictures = self.exhibition.index, []
-        for image in chosen:
-            rows = evaluation.rows[evaluation.rows[:, 0] == image]
-            rows = rows[rows[:, 5] >= threshold]
-            boxes = rows[:, 1:5].copy()
-            boxes[:, 2:] += boxes[:, :2]
-            true_boxes, true_labels = index.training_boxes(image)
-            pictures.append(
-                Picture(
-                    image=_pixels(self.exhibition, image),
-                    caption=str(index.file_names[image]),
-                    boxes_xyxy=boxes, scores=rows[:, 5], labels=rows[:, 6].astype(np.int64),
-                    true_boxes_xyxy=true_boxes.astype(np.float64), true_labels=true_labels,
-                )
-            )  # fmt: skip
-        return picture_sheet(pictures=pictures, names=index.classes.names, title=title)
 
     def _stepped(self, key: str, pixels: NDArray[np.uint8], showing: Showing) -> None:
         """An image of MLflow's charts, with a small twin as it wants it."""
@@ -148,25 +97,6 @@ class Painter:
     def _file(self, relative: str, *, once: bool = False) -> None:
         """once: it is not needed here any more when it is sent."""
         self.sender.log({"op": "file", "file": relative, "to": relative, "once": once})
-
-
-def _class_ap(evaluation: Evaluation) -> dict[str, float]:
-    prefix = "val_class/"
-    return {
-        key.removeprefix(prefix): value
-        for key, value in evaluation.metrics.items()
-        if key.startswith(prefix)
-    }
-
-
-def _pixels(exhibition: Exhibition, image: int) -> NDArray[np.uint8]:
-    """RGB; grey where the file cannot be read, which evaluation has said."""
-    height, width = (int(side) for side in exhibition.index.sizes_hw[image])
-    try:
-        picture = decode_image(exhibition.read(str(exhibition.index.file_names[image])))
-    except (OSError, SyntaxError, ValueError):
-        return np.full((height, width, 3), 128, dtype=np.uint8)
-    return np.asarray(picture.convert("RGB"))
 
 
 def _recall(run: TrackedRun) -> dict[str, tuple[list[int], list[float]]]:

@@ -117,3 +117,20 @@ def test_the_reader_survives_pickling(tmp_path: Path) -> None:
     assert reader("deep/a.jpg") == b"pixels"
     with pytest.raises(OSError, match=r"b\.jpg"):
         reader("b.jpg")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"images": [{"id": 1, "file_name": "a \\\\u00e9\\"{.jpg"}, {"file_name": "b.jpg"}]}',
+        '{"annotations": [{"file_name": "c.png"}], "images" : [ {"file_name":"a \\u00e9\\"{.jpg"}]}',
+        '{"images": [{"of": {"file_name": "c.png"}, "file_name": "a \\u00e9\\"{.jpg"}]}',
+        '{"images": [{"note": "file_name}", "file_name": "a \\u00e9\\"{.jpg"}]}',
+    ],
+)
+def test_the_first_name_is_the_first_images(tmp_path: Path, text: str) -> None:
+    touch(tmp_path, 'train/a \u00e9"{.jpg', "images/c.png")
+    (tmp_path / "train.json").write_text(text.replace("\\\\u", "\\u"))
+    found = find_split(tmp_path, "train")
+    assert found is not None
+    assert found.images == tmp_path / "train"

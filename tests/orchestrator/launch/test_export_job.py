@@ -13,7 +13,7 @@ from model.data.index import ClassMap
 from model.network.detector import Detector
 from model.network.scaling import FusionKind, ModelConfig, resolve
 from model.training.state import Progress, network_config, write_checkpoint
-from orchestrator.config.cli import ExportOptions, ExportRequest
+from orchestrator.config.export_cli import ExportOptions, ExportRequest
 from orchestrator.errors import UserError
 from orchestrator.launch.export_job import run_export_job
 
@@ -61,8 +61,12 @@ def test_effdet_loads_the_average(tmp_path: Path, suffix: str) -> None:
     ("prepare", "output", "message"),
     [
         (lambda folder: folder, "weights.onnx", "a .pth or .safetensors file"),
-        (lambda folder: folder.parent / "gone", "weights.pth", "checkpoint: expected a path"),
-        (lambda folder: folder.parent, "weights.pth", "a folder with meta.json"),
+        (
+            lambda folder: folder.parent / "gone",
+            "weights.pth",
+            "MODEL: expected a checkpoint's folder or URI",
+        ),
+        (lambda folder: folder.parent, "weights.pth", "a checkpoint folder with meta.json"),
         (lambda folder: folder, "closed/weights.pth", "a file that can be written"),
     ],
 )

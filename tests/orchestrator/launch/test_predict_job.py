@@ -2,19 +2,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from model.predictor import Predictor
-from orchestrator.config.cli import PredictOptions, PredictRequest, parse_predict
+from orchestrator.config.predict_cli import PredictOptions, PredictRequest
 from orchestrator.errors import ConfigError, UserError
-from orchestrator.launch.predict_job import image_ids, run_predict_job
-from orchestrator.storage.images import list_images
+from orchestrator.launch import predict_plan, predict_worker
+from orchestrator.launch.predict_job import run_predict_job
+from orchestrator.launch.predict_worker import Shard
+from orchestrator.storage.filesystems import open_place
+from orchestrator.storage.predictions import Part
+from orchestrator.storage.videos import Every, Video, VideoWriter
 
 from .test_export_job import checkpoint
 
@@ -40,9 +49,11 @@ def pictures(shapes: Path, tmp_path: Path) -> Path:
 
 
 def predict(model: str, *images: Any, **options: Any) -> tuple[int, dict[str, Any], list[Any]]:
+    options["output"] = str(options["output"])
+    fresh = options.pop("fresh", False)
     request = PredictRequest(model, tuple(map(str, images)), **({"score": 0.0} | options))
-    done = run_predict_job(request, PredictOptions(json=False), io.StringIO())
-    rows = json.loads((request.output / "detections.json").read_text())
+    done = run_predict_job(request, PredictOptions(json=False, fresh=fresh), io.StringIO())
+    rows = json.loads((Path(request.output) / "detections.json").read_text())
     return done.code, done.report, rows
 
 
@@ -100,48 +111,160 @@ def test_two_files_of_one_name_are_both_drawn(model: str, pictures: Path, tmp_pa
     assert len(list((tmp_path / "out" / "drawn").rglob("*.jpg"))) == 5
 
 
-@pytest.mark.parametrize(
-    ("names", "numbers", "by"),
-    [
-        (["000139.jpg", "a/7.png"], [139, 7], "the file name's number"),
-        (["1.jpg", "a/01.jpg"], [1, 2], "a running number"),
-        (["5.jpg", "b.jpg"], [1, 2], "a running number"),
-        (["5.jpg", "\u00b2.jpg"], [1, 2], "a running number"),
-    ],
-)
-def test_image_ids(names: list[str], numbers: list[int], by: str) -> None:
-    assert image_ids(names) == (numbers, by)
+def test_a_finished_prediction_is_not_begun_again(
+    model: str, pictures: Path, tmp_path: Path
+) -> None:
+    first = predict(model, pictures, output=tmp_path / "out")
+    written = (tmp_path / "out" / "detections.json").stat().st_mtime_ns
+    assert predict(model, pictures, output=tmp_path / "out") == first
+    assert (tmp_path / "out" / "detections.json").stat().st_mtime_ns == written
+    with pytest.raises(ConfigError, match=r"with another: score 0\.0 \(now 0\.5\); give another"):
+        predict(model, pictures, output=tmp_path / "out", score=0.5)
+    _, report, rows = predict(model, pictures, output=tmp_path / "out", score=0.5, fresh=True)
+    assert report["detections"] == len(rows) < first[1]["detections"]
+    (tmp_path / "out" / "detections.json").unlink()
+    assert predict(model, pictures, output=tmp_path / "out", score=0.5)[2] == rows
 
 
-def test_images_by_folder_file_and_glob_once_each(pictures: Path) -> None:
-    found = list_images([str(pictures / "*.jpg"), str(pictures), str(pictures / "readme.txt")])
-    assert [image.name for image in found] == [
-        "000000000139.jpg", "000000000141.jpg", "000000000142.jpg", "deep/000000000140.jpg",
-        "readme.txt",
-    ]  # fmt: skip
+def test_an_interrupted_prediction_goes_on_with_what_is_left(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    _, report, expected = predict(model, pictures, output=tmp_path / "whole", batch_size=1)
+    looked: list[int] = []
+    look = predict_worker._Desk.look
+
+    def stopping(self: Any, shard: Shard) -> Part:
+        looked.append(shard.number)
+        if looked == [0, 1, 2]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look(self, shard)
+
+    monkeypatch.setattr(predict_worker._Desk, "look", stopping)
+    request = PredictRequest(
+        model, (str(pictures),), str(tmp_path / "cut"), score=0.0, batch_size=1
+    )
+    out = io.StringIO()
+    done = run_predict_job(request, PredictOptions(json=False), out)
+    assert (done.code, done.report["status"], done.report["shards_done"]) == (130, "interrupted", 2)
+    assert "the same command goes on with the 2 of 4 shards left" in out.getvalue()
+    assert not (tmp_path / "cut" / "detections.json").exists()
+    code, again, rows = predict(model, pictures, output=tmp_path / "cut", batch_size=1)
+    assert (code, looked) == (0, [0, 1, 2, 2, 3])
+    assert rows == expected
+    assert {**again, "output": "", "img_per_s": 0} == {**report, "output": "", "img_per_s": 0}
+    assert not (tmp_path / "cut" / "parts").exists()
+
+
+def test_results_do_not_depend_on_shards_or_parts(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict(model, pictures, output=tmp_path / "many", batch_size=2)
+    monkeypatch.setattr(predict_plan, "PARTS_AT_LEAST", 1)
+    predict(model, pictures, output=tmp_path / "one", batch_size=2)
+    plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("many", "one")]
+    assert [plan["shards"] for plan in plans] == [2, 1]
+    many, one = ((tmp_path / name / "detections.json").read_bytes() for name in ("many", "one"))
+    assert many == one
+
+
+def test_a_table_has_the_same_rows(model: str, pictures: Path, tmp_path: Path) -> None:
+    _, _, expected = predict(model, pictures, output=tmp_path / "json")
+    request = PredictRequest(
+        model, (str(pictures),), str(tmp_path / "table"), score=0.0, format="parquet"
+    )
+    assert run_predict_job(request, PredictOptions(json=False), io.StringIO()).code == 0
+    found = pyarrow.parquet.read_table(tmp_path / "table" / "detections.parquet").to_pylist()
+    for one, other in zip(found, expected, strict=True):
+        assert [one[side] for side in ("x", "y", "width", "height")] == other["bbox"]
+        for name in ("image_id", "category_id", "score", "category", "file_name"):
+            assert one[name] == other[name]
+        assert one["frame"] is None
+
+
+def test_frames_of_a_video_among_images(model: str, pictures: Path, tmp_path: Path) -> None:
+    stills = [Image.open(path) for path in sorted(pictures.glob("*.jpg"))]
+    with VideoWriter(pictures / "000000000140.mp4", Fraction(10)) as film:
+        for number in range(12):
+            film.add(stills[number % 3])
+    (pictures / "x.mp4").write_text("no video")
+    code, report, rows = predict(
+        model, pictures, output=tmp_path / "out", frames_every=3, batch_size=2, score=0.0
+    )
+    assert (code, report["failed"]) == (1, 1)
+    assert report["images"] == 4 + 4
+    assert report["image_ids"] == "a running number"
+    names = {row["image_id"]: (row["file_name"], row.get("frame")) for row in rows}
+    film_name = "000000000140.mp4"
+    assert names == {
+        1: ("000000000139.jpg", None),
+        2: (film_name, 0), 3: (film_name, 3), 4: (film_name, 6), 5: (film_name, 9),
+        6: ("000000000141.jpg", None), 7: ("000000000142.jpg", None),
+        8: ("deep/000000000140.jpg", None),
+    }  # fmt: skip
+    assert [row["image_id"] for row in rows] == sorted(row["image_id"] for row in rows)
+    assert {row["time_s"] for row in rows if row["image_id"] == 4} == {0.6}
+    predictor = Predictor.load(Path(model))
+    with Video(open_place(str(pictures / film_name), ""), Every(3)) as video:
+        (expected,) = predictor.predict([list(video)[2].picture], score_threshold=0.0)
+    mine = [row for row in rows if row["image_id"] == 4]
+    np.testing.assert_allclose([row["bbox"] for row in mine], expected.boxes_xywh, atol=1e-3)
+    with Video(open_place(str(tmp_path / "out" / "drawn" / film_name), ""), Every()) as video:
+        assert len(list(video)) == 4
+    failed = json.loads((tmp_path / "out" / "failed.json").read_text())
+    assert [one["file_name"] for one in failed] == ["x.mp4"]
+
+
+def test_hostile_names_stay_inside(model: str, pictures: Path, tmp_path: Path) -> None:
+    """An object store takes any name."""
+    memory = fsspec.filesystem("memory")
+    picture = (pictures / "000000000139.jpg").read_bytes()
+    store = memory.store  # its own methods tidy names up
+    evil = (
+        "/evil/../../../outside.jpg", "/evil/\x1b[2J.jpg", "/evil/a.jpg", "/evil/a.jpg/b.jpg",
+    )  # fmt: skip
+    for name in evil:
+        memory.pipe_file("/evil/x", picture)
+        store[name] = store.pop("/evil/x")
+    try:
+        code, report, _ = predict(model, "memory://evil", output=tmp_path / "a/b/c/out", score=0.5)
+    finally:
+        for name in evil:
+            store.pop(name)
+    assert (code, report["failed"], report["images"]) == (0, 0, 4)
+    drawn = [path for path in tmp_path.rglob("*.jpg") if path.is_file()]
+    mine = [path for path in drawn if pictures not in path.parents]
+    assert len(mine) == 4
+    assert {path.parents[0] for path in mine} == {tmp_path / "a/b/c/out/drawn"}
 
 
 @pytest.mark.integration
-def test_images_on_s3(
+def test_from_s3_to_s3(
     model: str, pictures: Path, tmp_path: Path, bucket: str, s3_client: Any
 ) -> None:
+    (pictures / "bad.jpg").write_text("no image")
     for path in pictures.rglob("*.*"):
         s3_client.upload_file(str(path), bucket, f"in/{path.relative_to(pictures)}")
     _, _, expected = predict(model, pictures, output=tmp_path / "local", batch_size=4)
-    code, _, rows = predict(model, f"s3://{bucket}/in", output=tmp_path / "s3", batch_size=4)
-    assert (code, rows) == (0, expected)
-    (one,) = list_images([f"s3://{bucket}/in/deep/*"])
-    assert one.place.uri == f"s3://{bucket}/in/deep/000000000140.jpg"
-    with pytest.raises(UserError, match="none at"):
-        list_images([f"s3://{bucket}/other"])
+    request = PredictRequest(
+        model, (f"s3://{bucket}/in",), f"s3://{bucket}/out", score=0.0, batch_size=4
+    )
+    done = run_predict_job(request, PredictOptions(json=False), io.StringIO())
+    assert (done.code, done.report["output"]) == (1, f"s3://{bucket}/out")
+    listed = s3_client.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"]
+    local = [str(p.relative_to(tmp_path / "local")) for p in (tmp_path / "local").rglob("*.*")]
+    assert sorted(one["Key"].removeprefix("out/") for one in listed) == sorted(local)
+    body = s3_client.get_object(Bucket=bucket, Key="out/detections.json")["Body"].read()
+    assert json.loads(body) == expected
+    assert body == (tmp_path / "local" / "detections.json").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("images", "output", "message"),
     [
-        ("nowhere/*.jpg", "out", "IMAGES: expected image files"),
-        (".", "out", "IMAGES: expected image files"),
-        ("{pictures}", "taken", "--output: expected a folder that can be written"),
+        ("nowhere/*.jpg", "out", "IMAGES: expected image or video files"),
+        (".", "out", "IMAGES: expected image or video files"),
+        ("{pictures}", "taken", "--output: expected a place to write"),
         ("unknown://there", "out", "IMAGES: expected a path or a URL fsspec knows"),
     ],
 )
@@ -155,14 +278,3 @@ def test_refusals(
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(UserError, match=message):
         predict(model, images.format(pictures=pictures), output=tmp_path / output)
-
-
-def test_flags() -> None:
-    request, options = parse_predict(
-        "", ["m", "a.jpg", "b/", "--score", ".5", "--no-draw", "--json"]
-    )
-    assert request == PredictRequest("m", ("a.jpg", "b/"), score=0.5, draw=False)
-    assert options == PredictOptions(json=True)
-    for bad in (["--score", "1.5"], ["--batch-size", "0"], ["--score", "high"]):
-        with pytest.raises(ConfigError):
-            parse_predict("", ["m", "a.jpg", *bad])
