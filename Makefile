@@ -1,12 +1,13 @@
 # make train: set up and train the demo.   make test: set up and run every check.
 # make sweep: set up and search fusion and scaling of a very small network, in minutes.
+# make docs: set up and build the documentation, docs/_build/index.html.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup train sweep test test-unit test-slow test-chaos lint clean
+.PHONY: help setup train sweep docs test test-unit test-slow test-chaos lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile; echo "others: setup lint test-unit test-slow test-chaos clean"
@@ -28,6 +29,10 @@ train: $(STAMP)
 sweep: $(STAMP)
 	@$(BIN)/python jobs/tune.py --config jobs/sweeps/smoke.yaml $(ARGS)
 
+docs: $(STAMP)
+	@$(BIN)/sphinx-build -W -n --keep-going -q docs docs/_build
+	@echo "look at it: docs/_build/index.html"
+
 test: $(STAMP) lint test-unit
 	@$(PYTEST) -m "integration and not slow and not chaos" tests
 
@@ -44,4 +49,4 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/mypy --no-error-summary
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache docs/_build docs/generated

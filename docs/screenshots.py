@@ -2,6 +2,8 @@
 
 Starts a tracking server, trains the demo into it (and, with --data, a run on a COCO-format dataset),
 and opens its pages in headless Chromium (Debian: chromium, chromium-driver).
+
+The prediction server's page instead: python docs/screenshots.py --serve MODEL --picture photo.jpg
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ from selenium.webdriver.support.wait import WebDriverWait
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from helpers.browser import browser as page_of  # noqa: E402
+from helpers.browser import drop  # noqa: E402
 from helpers.mlflow_server import MlflowServer  # noqa: E402
+from helpers.serving import PredictionServer  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 MODE = "workflowType=machine_learning"
 WIDTH_PX, HEIGHT_PX = 1500, 1150
+PAGE_WIDTH_PX, PAGE_HEIGHT_PX = 1200, 720
 SETTLE_S = 4.0  # charts are drawn after their text is there
 
 
@@ -36,7 +42,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a COCO-format dataset for a second run")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--work", type=Path, help="folder to keep the runs in, for another take")
+    parser.add_argument("--serve", metavar="MODEL", help="take serve.png, with this model")
+    parser.add_argument("--picture", type=Path, help="what is dropped on the server's page")
     asked = parser.parse_args()
+    if asked.serve:
+        take_server(asked.serve, asked.picture, asked.output / "serve.png")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.work or Path(temporary)
         with MlflowServer(folder / "mlflow") as server:
@@ -93,6 +104,23 @@ def take(uri: str, output: Path) -> None:
             open_page(driver, uri + page, text)
             driver.save_screenshot(str(output / f"{name}.png"))
             print(output / f"{name}.png")
+
+
+def take_server(model: str, picture: Path, target: Path) -> None:
+    """The page of jobs/serve.py with the boxes of a picture."""
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        PredictionServer(model, Path(temporary) / "log", cwd=Path.cwd()) as server,
+        page_of(PAGE_WIDTH_PX, PAGE_HEIGHT_PX) as driver,
+    ):
+        driver.get(server.url)
+        WebDriverWait(driver, 60).until(lambda page: "classes" in page.title)
+        drop(driver, picture, "image/jpeg")
+        WebDriverWait(driver, 60).until(
+            lambda page: page.find_element(By.ID, "canvas").get_attribute("data-boxes")
+        )
+        driver.save_screenshot(str(target))
+    print(target)
 
 
 def browser() -> WebDriver:

@@ -157,13 +157,13 @@ def _raw(
     images: list[Any], annotations: list[Any], categories: list[Any], where: str, name: str
 ) -> tuple[RawAnnotations, list[Finding]]:
     image_rows, category_rows, box_rows = _Rows("image"), _Rows("category"), _Rows("annotation")
-    named = category_rows.read(categories, lambda row: (int(row["id"]), str(row["name"])))
+    named = category_rows.read(categories, lambda row: (_id(row["id"]), str(row["name"])))
     # A repeated id is named by `lint_ids`; the last row of it counts, as it does in training.
     by_id = dict(sorted(named))
     label_of = {category_id: label for label, category_id in enumerate(by_id)}
     listed = image_rows.read(
         images,
-        lambda row: (int(row["id"]), str(row["file_name"]), float(row["height"]), float(row["width"])),
+        lambda row: (_id(row["id"]), str(row["file_name"]), float(row["height"]), float(row["width"])),
     )  # fmt: skip
     listed.sort(key=lambda row: row[0])
     ids = np.array([row[0] for row in listed], dtype=np.int64)
@@ -174,7 +174,7 @@ def _raw(
         x, y, w, h = (_number(value) for value in row["bbox"])
         area = row.get("area")
         return (
-            int(row.get("id", next(counter))), position.get(int(row["image_id"]), NOWHERE),
+            _id(row.get("id", next(counter))), position.get(int(row["image_id"]), NOWHERE),
             label_of.get(int(row["category_id"]), NOWHERE), x, y, w, h,
             math.nan if area is None else float(area), bool(row.get("iscrowd", 0)),
         )  # fmt: skip
@@ -206,6 +206,14 @@ def _raw(
         "number the categories anew",
     )  # fmt: skip
     return raw, findings
+
+
+def _id(value: Any) -> int:
+    """Raises TypeError, ValueError, OverflowError as `int`, also for what an int64 cannot hold."""
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("an id beyond 64 bits")
+    return number
 
 
 def _number(value: Any) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PosixPath, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,8 +131,8 @@ def look(name: str, read: Reader) -> Look:
         data = read(name)
     except FileNotFoundError:
         return Look(name, missing=True)
-    except OSError as error:
-        return Look(name, trouble=error.strerror or str(error))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return Look(name, trouble=getattr(error, "strerror", None) or str(error))
     try:
         with Image.open(io.BytesIO(data)) as header:
             mode, rotated = header.mode, header.getexif().get(EXIF_ORIENTATION, 1) not in (1, 0)
@@ -167,27 +169,39 @@ def _short(error: BaseException) -> str:
     return "not an image" if "cannot identify" in text else text[:80] or type(error).__name__
 
 
-def with_same_sizes(train: Looks, val: Looks, bytes_of: Mapping[str, int], read: Reader) -> Looks:
+def with_same_sizes(
+    train: Looks, val: Looks, bytes_of: Mapping[str, int], read: Reader,
+    progress: Callable[[int], None] | None = None,
+) -> Looks:  # fmt: skip
     """`train` with digests of all files that may equal one of val that was looked at.
 
-    Equal files have equal sizes, so only those of such a size are read. bytes_of: of train's files.
+    Equal files have equal sizes, so only those of such a size are read. bytes_of: of train's files;
+    progress: called with how many of them are done.
     """
     wanted = set(val.sizes_bytes.values())
     digests = dict(train.digests)
-    for name, size in bytes_of.items():
+    for number, (name, size) in enumerate(bytes_of.items()):
+        if progress is not None:
+            progress(number)
         if size in wanted and name not in digests:
             try:
                 digests[name] = digest(read(name))
-            except OSError:
+            except (OSError, ValueError):
                 continue  # whoever looks at it says so
     return replace(train, digests=digests)
 
 
 def list_files(folder: Path, names: Sequence[str]) -> list[str]:
-    """What lies below a folder, relative to it; only its own where no name has a folder."""
+    """What lies below a folder, relative to it; only its own where no name has a folder.
+
+    Of a local folder also `names` that are there under another spelling or in a linked folder.
+    """
     deep = any("/" in name for name in names)
     entries = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(entry.relative_to(folder).as_posix() if deep else entry.name for entry in entries)
+    found = {entry.relative_to(folder).as_posix() if deep else entry.name for entry in entries}
+    if isinstance(folder, PosixPath):  # elsewhere there are no links, and each question takes long
+        found |= {n for n in names if n not in found and os.path.isfile(folder / n)}
+    return sorted(found)
 
 
 def lint_files(
@@ -197,11 +211,12 @@ def lint_files(
 
     present: of the folder; others: names that another split lists in the same folder.
     """
-    there, listed = set(present), set(raw.file_names)
+    there, named = set(present), {*raw.file_names, *others}
+    listed = named | {posixpath.normpath(name) for name in named}
     missing = [name for name in raw.file_names if name not in there]
-    spare = there - listed - set(others)
+    spare = there - listed
     extra = sorted(name for name in spare if PurePosixPath(name).suffix.lower() in SUFFIXES)
-    share = len(extra) / max(1, len(extra) + len(listed))
+    share = len(extra) / max(1, len(extra) + len(set(raw.file_names)))
     return [
         *finding("error", "missing", where, "images that are not there", missing,
                  "add them, or take them out of the json"),

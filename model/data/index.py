@@ -185,7 +185,7 @@ def parse_coco(text: bytes, name: str, keep_classes: Sequence[str] | None = None
         )
     try:
         return _index(document, name, keep_classes)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # beyond 64 bits
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
             name,

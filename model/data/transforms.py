@@ -59,6 +59,7 @@ def decode_image(
 
     Raises:
         OSError: not an image, or a damaged one.
+        SyntaxError, ValueError: a damaged PNG or TIFF, as Pillow reports some of them.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=formats)

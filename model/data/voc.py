@@ -150,7 +150,7 @@ def _size(tree: Tree, file: Path) -> tuple[int, int]:
     size = tree.root.find("size")
     try:
         width, height = (int(float((size.findtext(k) if size is not None else None) or 0)) for k in ("width", "height"))  # fmt: skip
-    except ValueError:
+    except (ValueError, OverflowError):  # int() of 1e999
         assert size is not None
         raise DataError(tree.where(size), "width and height in pixels", "no numbers", "repair it") from None  # fmt: skip
     return (width, height) if width > 0 and height > 0 else shown_size(file)

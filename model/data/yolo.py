@@ -55,7 +55,7 @@ def read_images(
 
 def _files(entry: Path, base: Path) -> Iterator[Path]:
     if entry.is_dir():
-        found = (path for path in entry.rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = (path for path in _below(entry) if path.suffix.lower() in SUFFIXES)
         yield from sorted(path for path in found if path.is_file())
     elif entry.suffix.lower() in SUFFIXES and entry.is_file():
         yield entry
@@ -67,6 +67,18 @@ def _files(entry: Path, base: Path) -> Iterator[Path]:
         raise DataError(str(entry), "a folder of images or a list of them", "nothing", "correct the data.yaml")  # fmt: skip
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """All files, also those in linked folders, each folder once: links may lead in a circle."""
+    seen = set[str]()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root, name) for name in names)
+
+
 def inside(path: Path, base: Path, where: str) -> Path:
     """`path` without . and .., as it is written: links may lead elsewhere.
 
@@ -74,7 +86,8 @@ def inside(path: Path, base: Path, where: str) -> Path:
         DataError: it leads out of the dataset.
     """
     plain = Path(os.path.normpath(path))
-    if not plain.is_relative_to(os.path.normpath(base)):
+    # A relative path may begin with "..", which is "relative to ." by its letters.
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(base)):
         raise DataError(where, f"a place below {base}", str(plain), "give its path from there")
     return plain
 

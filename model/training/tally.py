@@ -25,6 +25,7 @@ AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**
 """Bounds in square pixels, both inclusive."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 AT_ONCE = 2**21  # elements of one temporary
+MOST_EXACT = 2**24  # up to which single precision holds every whole number
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class _Area:
     those of one threshold and class are a segment. hits: events; inside: detections of the class
     whose size is in the range; changes: matched ones that count although they are not inside (+1),
     or do not although they are (-1). starts [s]: first event of each segment; segments [s]: its
-    number, threshold * K + class; lift, label [e]: see `_fill`. boxes [N, K]: boxes to be found.
+    number, threshold * K + class; lift, label [e]: see `_fill`. boxes [N, K]: boxes to be
+    found; most_boxes: of a class.
     """
 
     hits: _Count
@@ -122,7 +124,8 @@ class _Area:
     segments: NDArray[np.int64]
     lift: NDArray[np.float64]
     label: NDArray[np.int64]
-    boxes: NDArray[np.float64]
+    boxes: NDArray[np.float32]
+    most_boxes: int
 
     @property
     def size(self) -> int:
@@ -156,8 +159,9 @@ class _Area:
         place, mine = place[events], segment[events]
         begin, so_far = np.searchsorted(mine, mine), np.concatenate([[0], np.cumsum(inside)])
         starts, number = np.unique(begin, return_inverse=True)
-        boxes = np.zeros((len(index), num_classes))
+        boxes = np.zeros((len(index), num_classes), dtype=np.float32)
         np.add.at(boxes, (image_of_box[~ignored], index.labels[~ignored]), 1.0)
+        most_boxes = int(np.bincount(index.labels[~ignored], minlength=1).max())
         return cls(
             hits=_Count(matched[events], begin, np.arange(len(events)) + 1),
             inside=_Count(
@@ -174,12 +178,16 @@ class _Area:
             lift=2.0 * (len(starts) - number.astype(np.float64)),
             label=label[place],
             boxes=boxes,
+            most_boxes=most_boxes,
         )
 
     def precision(self, weights: NDArray[np.int32], num_classes: int) -> NDArray[np.float64]:
         """Interpolated average precision [b, T, K], nan without ground truth."""
         found = np.zeros((len(weights), len(THRESHOLDS) * num_classes))
-        asked = weights @ self.boxes  # [b, K], whole numbers
+        # [b, K], whole numbers that single precision holds while they are small enough.
+        exact = self.most_boxes * int(weights.max(initial=0)) <= MOST_EXACT
+        kind = np.float32 if exact else np.float64
+        asked = (weights.astype(kind) @ self.boxes.astype(kind, copy=False)).astype(np.float64)
         if len(self.label):
             found[:, self.segments] = self._areas(weights, np.maximum(asked, 1.0))
         by_threshold = found.reshape(len(weights), len(THRESHOLDS), num_classes)

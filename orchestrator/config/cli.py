@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,6 +336,13 @@ def plain_parser(program: str, description: str) -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def local_path(text: str, where: str, expected: str, remedy: str) -> Path:
+    """Raises ConfigError: a URL, which `Path` would take for a folder of that name."""
+    if "://" in text:
+        raise ConfigError(where, expected, text, remedy)
+    return Path(os.path.expanduser(text))
 
 
 def parse_job(parser: Parser, argv: Sequence[str]) -> tuple[TrainJob, argparse.Namespace]:

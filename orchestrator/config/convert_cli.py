@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from orchestrator.config.cli import plain_parser
+from orchestrator.config.cli import local_path, plain_parser
 from orchestrator.errors import ConfigError
 
 Source = Literal["voc", "yolo"]
@@ -44,8 +44,8 @@ def parse_convert(description: str, argv: Sequence[str]) -> tuple[ConvertRequest
     parser = plain_parser("jobs/convert.py", description)
     add = parser.add_argument
     add("kind", metavar="FORMAT", choices=get_args(Source), help="voc or yolo")
-    add("source", metavar="SOURCE", type=Path, help="the dataset's folder, or YOLO's data.yaml")
-    add("--output", metavar="FOLDER", type=Path, help="for jobs/train.py --data; may be SOURCE")
+    add("source", metavar="SOURCE", help="the dataset's folder, or YOLO's data.yaml")
+    add("--output", metavar="FOLDER", help="for jobs/train.py --data; may be SOURCE")
     add("--train-set", metavar="NAME", help="VOC: train, else trainval; YOLO: train")
     add("--val-set", metavar="NAME", help="VOC: val, else test; YOLO: val, else test")
     add("--copy", action="store_true", help="copy the images (without it they are linked)")
@@ -54,8 +54,10 @@ def parse_convert(description: str, argv: Sequence[str]) -> tuple[ConvertRequest
     given = parser.parse_args(argv)
     if given.output is None:
         raise ConfigError("--output", "a folder", "nothing", "as in --output ~/my-dataset")
+    source = local_path(given.source, "SOURCE", "a local folder", "fetch it first")
+    output = local_path(given.output, "--output", "a local folder", "convert, then copy it there")
     request = ConvertRequest(
-        given.kind, given.source.expanduser(), given.output.expanduser(), given.train_set,
-        given.val_set, given.copy, given.skip_malformed,
+        given.kind, source.absolute(), output.absolute(), given.train_set, given.val_set,
+        given.copy, given.skip_malformed,
     )  # fmt: skip
     return request, ConvertOptions(given.json)

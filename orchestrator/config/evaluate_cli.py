@@ -113,7 +113,7 @@ def parse_evaluate(
     )  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the resamples (0)")
     add("--no-figures", action="store_true", help="write numbers and detections only")
-    add("--output", type=Path, metavar="FOLDER", help="(runs/evaluations/NAME)")
+    add("--output", metavar="FOLDER", help="(runs/evaluations/NAME)")
     add("--tracking-uri", metavar="URI", help="MLflow server or database (MLFLOW_TRACKING_URI)")
     add("--json", action="store_true", help="last line of output: one json object")
     given = parser.parse_args(argv)
@@ -124,9 +124,15 @@ def parse_evaluate(
         given.model, given.against, _changes(given.overrides or []), given.split,
         _scales(given.scales), given.flip, given.workers, given.cpus_per_worker,
         given.gpus_per_worker, given.threads_per_worker, given.resamples, given.seed, not given.no_figures,
-        given.output, given.tracking_uri,
+        _output(given.output), given.tracking_uri,
     )  # fmt: skip
     return request, EvaluateOptions(given.json)
+
+
+def _output(text: str | None) -> Path | None:
+    if text is not None and "://" in text:
+        raise ConfigError("--output", "a local folder", text, "copy it to there afterwards")
+    return None if text is None else Path(text)
 
 
 def _changes(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:

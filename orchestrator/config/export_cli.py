@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from orchestrator.config.cli import plain_parser
+from orchestrator.config.cli import local_path, plain_parser
 from orchestrator.errors import ConfigError
 
 Format = Literal["onnx", "torchscript", "pt2", "effdet"]
@@ -76,7 +76,6 @@ def parse_export(description: str, argv: Sequence[str]) -> tuple[ExportRequest, 
     add(
         "output",
         metavar="OUTPUT",
-        type=Path,
         help="the file; its suffix says the format: " + _suffixes(),
     )
     add("--format", choices=get_args(Format), help="where the suffix does not say it")
@@ -125,9 +124,10 @@ def parse_export(description: str, argv: Sequence[str]) -> tuple[ExportRequest, 
         "max_ap_loss": given["max_ap_loss"],
     }
     asked = {name: value for name, value in asked.items() if value not in (None, ())}
-    kind = _format(given["output"], given["format"])
+    output = local_path(given["output"], "OUTPUT", "a local file", "export, then copy it there")
+    kind = _format(output, given["format"])
     request = ExportRequest(
-        given["model"], given["output"], kind, tracking_uri=given["tracking_uri"], **asked
+        given["model"], output, kind, tracking_uri=given["tracking_uri"], **asked
     )
     _check(request, asked, given["benchmark"])
     return request, ExportOptions(given["json"], given["benchmark"])

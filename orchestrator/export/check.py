@@ -33,6 +33,7 @@ class Checked:
     difference of those that have a counterpart; rounding: detections that have none, as PyTorch's
     own rounding explains; unexplained: all others. raw: largest difference as a share of the
     largest output. exact: whether it was compared; else only that all outputs are numbers.
+    silent: the file found nothing above its score, as PyTorch; its twin of score 0 was compared.
     """
 
     cases: tuple[str, ...] = ()
@@ -43,6 +44,12 @@ class Checked:
     unexplained: int = 0
     raw: float = 0.0
     exact: bool = True
+    silent: bool = False
+
+    @property
+    def found_nothing(self) -> bool:
+        """Neither the file nor PyTorch: nothing is wrong, and nothing is shown."""
+        return self.compared == 0 and self.unexplained == 0
 
     @property
     def passed(self) -> bool:
@@ -58,6 +65,7 @@ class Checked:
             self.unexplained + other.unexplained,
             max(self.raw, other.raw),
             self.exact and other.exact,
+            self.silent or other.silent,
         )
 
     def line(self, graph: Graph) -> str:
@@ -75,6 +83,8 @@ class Checked:
             said += f"; {self.rounding} differ as PyTorch's own do by rounding"
         if self.unexplained:
             said += f"; {self.unexplained} WITHOUT a counterpart"
+        if self.silent:
+            said += f"; none of them is above the run's score of {graph.config.score:g}"
         return said
 
 

@@ -15,6 +15,7 @@ from model.imagenet import MEAN, STD
 from model.training.state import EMA_WEIGHTS, META, network_config
 from orchestrator.config.export_cli import Precision
 from orchestrator.export.graph import IMAGES, SIZES, Graph
+from orchestrator.export.torch_files import MOST_IMAGES, MOST_MULTIPLES
 
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime")
 MEANING = {
@@ -70,10 +71,14 @@ def describe(
 
 def sizes(graph: Graph) -> str:
     """The heights and widths that the file takes."""
+    pt2 = graph.kind == "pt2"
+    images = f", at most {MOST_IMAGES:,} images" if pt2 else ""
     if graph.size_hw is not None:
-        return "{} x {} px".format(*graph.size_hw)
-    # A torch.export program keeps that its coarsest level has more than one cell.
-    least = f" above {graph.multiple} x {graph.multiple}" if graph.kind == "pt2" else ""
+        return "{} x {} px".format(*graph.size_hw) + images
+    least = ""
+    if pt2:  # a torch.export program keeps that its coarsest level has more than one cell
+        most = MOST_MULTIPLES * graph.multiple
+        least = f" above {graph.multiple} x {graph.multiple}, up to {most} x {most}{images}"
     any_size = f"any multiples of {graph.multiple} px{least}"
     return f"{any_size}, trained at {graph.spec.image_size_px} x {graph.spec.image_size_px}"
 

@@ -54,7 +54,7 @@ def run_convert_job(
         UserError: a source that is no such dataset, an output that is in use.
     """
     out = out or sys.stdout
-    if not request.source.exists():
+    if not os.path.exists(request.source):  # Path's raises below a folder that may not be entered
         raise DataError("SOURCE", "a folder", f"none at {request.source}", "correct it")
     _check_output(request.output)
     read = _read_voc if request.kind == "voc" else _read_yolo
@@ -82,10 +82,11 @@ def run_convert_job(
 
 
 def _check_output(output: Path) -> None:
-    for split in ("train", "val"):
-        path = _json_of(output, split)
-        if path.exists():
-            raise ConfigError("--output", "a folder without annotations", str(path), "remove it, or choose another")  # fmt: skip
+    """Raises ConfigError: training would find those that are there, instead or in doubt."""
+    for place in (output / ANNOTATIONS, output):
+        for split in ("train", "val"):
+            for path in sorted(place.glob(f"*{split}*.json")):
+                raise ConfigError("--output", "a folder without annotations", str(path), "remove it, or choose another")  # fmt: skip
 
 
 def _json_of(output: Path, split: str) -> Path:
@@ -130,6 +131,12 @@ def _read_yolo(request: ConvertRequest) -> Converted:
             )
         entries = [_entry(value, base, path) for value in _list(mapping[key])]
         splits[split] = yolo.read_images(entries, base, names, values)
+    images = [image for split in splits.values() for image in split.images]
+    if not any(image.annotated for image in images):
+        raise DataError(
+            "SOURCE", "label files", f"none; looked for {yolo.labels_of(images[0].file)}",
+            "put labels/ beside images/",
+        )  # fmt: skip
     return Converted(splits, names, tuple(notes))
 
 

@@ -208,7 +208,10 @@ def _look(
             path = train_split.images / name
             if path.is_file():
                 sizes[name] = path.stat().st_size
-        looks["train"] = with_same_sizes(looks["train"], looks["val"], sizes, train_split.reader())
+        say = _Saying("train: same as in val, image", len(sizes), out)
+        looks["train"] = with_same_sizes(
+            looks["train"], looks["val"], sizes, train_split.reader(), say
+        )
     findings += lint_duplicates(looks["train"], looks.get("val"), same_files=same_files)
     return looks, findings
 

@@ -91,6 +91,13 @@ def judge_versions(installed: dict[str, str | None], pins: dict[str, str]) -> li
     ]  # fmt: skip
 
 
+def count_as_pinned(installed: dict[str, str | None], pins: dict[str, str]) -> int:
+    """A build (+cu130) is no other version."""
+    return sum(
+        (installed.get(name) or "").partition("+")[0] == version for name, version in pins.items()
+    )
+
+
 def _software(found: Examined) -> None:
     installed: dict[str, str | None] = {}
     for name in PACKAGES:
@@ -107,7 +114,7 @@ def _software(found: Examined) -> None:
     found.say("packages", ", ".join(f"{name} {version or 'none'}" for name, version in installed.items()),
               packages=installed)  # fmt: skip
     found.findings += judge_versions(installed, pins)
-    same = sum(installed.get(name) == version for name, version in pins.items())
+    same = count_as_pinned(installed, pins)
     known = sum(name in pins for name in installed)
     found.say(
         "pins",
@@ -209,7 +216,7 @@ def cpu_quota(path: Path = CPU_QUOTA) -> float | None:
 
 def _disk(found: Examined, output: Path) -> None:
     there = output
-    while not there.exists():
+    while not os.path.exists(there):  # Path's raises below a folder that may not be entered
         there = there.parent
     free = shutil.disk_usage(there).free / GIB
     found.say("disk", f"{free:.1f} GiB free for {output}", disk_free_gib=free, output=str(output))

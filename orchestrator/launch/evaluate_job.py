@@ -6,10 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from orchestrator.config.evaluate_cli import EvaluateOptions, EvaluateRequest, S
 from orchestrator.config.schema import RunConfig, TrainJob
 from orchestrator.errors import ConfigError, DataError, GaveUpError, StorageError
 from orchestrator.launch import preflight
+from orchestrator.launch.crew import Crew, threads_for
 from orchestrator.launch.evaluate_report import Pace, Report, write_all
 from orchestrator.launch.evaluated_model import (
     EvaluatedModel,
@@ -34,12 +35,12 @@ from orchestrator.launch.evaluated_model import (
     open_source,
     short_name,
 )
-from orchestrator.launch.fleet import Crew, work_through
-from orchestrator.launch.packed_model import device_held
+from orchestrator.launch.fleet import work_through
+from orchestrator.launch.packed_model import device_held, within_memory
 from orchestrator.launch.progress import Row, print_table
 from orchestrator.launch.resolve import Split, find_one_split, output_folder
 from orchestrator.records.tracker import tracking_uri
-from orchestrator.storage.filesystems import check_writable, open_place, reason
+from orchestrator.storage.filesystems import check_writable, is_remote, open_place, reason
 
 EVALUATIONS = "evaluations"
 BATCHES_AT_ONCE = 4  # handed to a worker, so that it can read ahead
@@ -186,7 +187,7 @@ def make_crew(request: EvaluateRequest) -> Crew:
     Raises:
         ConfigError: numbers that cannot be.
     """
-    cores = max(1, int(request.cpus_per_worker)) if request.workers else _cores()
+    cores = threads_for(request.cpus_per_worker) if request.workers else _cores()
     threads = request.threads if request.threads is not None else cores
     return Crew(request.workers, request.cpus_per_worker, request.gpus_per_worker, threads)
 
@@ -206,6 +207,13 @@ class MakeExaminer:
     cpu_only: bool
 
     def __call__(self) -> Looker:
+        """Raises ConfigError where this node does not see what the driver sees."""
+        folder = self.images.split.images
+        if not is_remote(folder) and not folder.is_dir():  # all of them would count as empty
+            raise ConfigError(
+                "data.root", "images that every node reaches", f"{folder}, which one does not",
+                "give s3://… or a shared folder",
+            )  # fmt: skip
         device = torch.device("cpu") if self.cpu_only else device_held()
         with self.model.packed.unpacked() as folder:
             loaded = Predictor.load(folder, device, self.model.evaluation)
@@ -228,29 +236,36 @@ class Looker:
     examiner: Examiner
 
     def __call__(self, batches: Sequence[Positions]) -> Found:
-        try:
+        with within_memory(len(batches[0])):
             return self.examiner(batches)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                "evaluation.batch_size", "images that fit the device's memory",
-                f"{len(batches[0])} ({str(error).splitlines()[0]})", "lower --batch-size",
-            ) from None  # fmt: skip
 
 
 def look(plan: Plan, number: int, pace: Pace) -> Found:
-    """What a model finds in all images, in their order, whoever looked at which."""
+    """What a model finds in all images, in their order, whoever looked at which.
+
+    Raises:
+        DataError: not one of them could be read.
+    """
     model = plan.models[number]
     cpu_only = plan.crew.gpus_per_worker == 0
     make = MakeExaminer(model, plan.views[number], plan.images, plan.job, cpu_only)
     batches = in_batches(len(plan.images.index), model.evaluation.batch_size)
     answers = []
-    for task, answer in work_through(
-        _tasks(batches, plan.crew.workers or 1), make, plan.crew, say=pace.say
-    ):
-        answers.append(answer)
-        pace.add(sum(len(batch) for batch in task))
+    tasks = _tasks(batches, plan.crew.workers or 1)
+    working = work_through(tasks, make, plan.crew, say=pace.say)
+    with closing(cast("Any", working)):
+        for task, answer in working:
+            answers.append(answer)
+            pace.add(sum(len(batch) for batch in task))
     pace.close()
-    return in_order(answers)
+    found = in_order(answers)
+    if found.damaged == len(plan.images.index):
+        raise DataError(
+            "data.root", "images that can be read",
+            f"none of {found.damaged} below {plan.images.split.images}",
+            "replace them, or correct data.val.images",
+        )  # fmt: skip
+    return found
 
 
 def _tasks(batches: Sequence[Positions], workers: int) -> Iterable[tuple[Positions, ...]]:

@@ -26,6 +26,7 @@ from orchestrator.launch.progress import PLAIN_INTERVAL_S, duration, print_table
 from orchestrator.records.exhibits import CLASS_PREFIX, FIXED, Exhibits
 
 PREFIX = "val/"
+FIGURES = "figures"
 DPI = 110
 SHOWN_CLASSES = 10  # whose difference is largest
 
@@ -214,8 +215,15 @@ def coco_results(index: CocoIndex, rows: NDArray[np.float64]) -> list[dict[str, 
 
 
 def write_all(report: Report, read: Reader, anchor_overlaps: NDArray[np.float32]) -> None:
-    """detections.json (and those of the other model), figures/, and metrics.json last."""
+    """detections.json (and those of the other model), figures/, and metrics.json last.
+
+    Of what an evaluation before left there nothing stays beside them.
+    """
     names = ("detections.json", "detections_against.json")
+    for name in ("metrics.json", *names):
+        (report.output / name).unlink(missing_ok=True)
+    for figure in (report.output / FIGURES).glob("*.png"):
+        figure.unlink()
     for name, evaluation in zip(names, report.evaluations, strict=False):
         _write_json(report.output / name, coco_results(report.index, evaluation.rows))
     if report.request.figures:
@@ -226,7 +234,7 @@ def write_all(report: Report, read: Reader, anchor_overlaps: NDArray[np.float32]
 def _write_figures(report: Report, read: Reader, anchor_overlaps: NDArray[np.float32]) -> None:
     from model.training.analysis import fixed_images
 
-    folder = report.output / "figures"
+    folder = report.output / FIGURES
     folder.mkdir(exist_ok=True)
     exhibits = Exhibits.of(report.index, read, report.evaluations[0], report.models[0].step)
     for name, figure in exhibits.figures(anchor_overlaps, "boxes of these images"):

@@ -6,62 +6,33 @@ number of tasks; one that dies is replaced, and what it had been given is given 
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from orchestrator.errors import ClusterError, ConfigError, GaveUpError, UserError
+from orchestrator.errors import ClusterError, GaveUpError, UserError
+from orchestrator.launch.crew import Crew
 
 if TYPE_CHECKING:
     from orchestrator.launch.ray_runtime import Cluster
 
 PATIENCE_S = 30.0  # without any worker, before it is said what is waited for
+NODE_LAG_S = 30.0  # a worker's death may be known before its node's, by some health checks
+MOST_SIGNS = 200  # of a task's name
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 Make = Callable[[], Callable[[Task], Answer]]
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Crew:
-    """Who works.
-
-    workers: processes; 0 works in this one, without Ray; None: as many as the cluster has room for
-    now. cpus_per_worker, gpus_per_worker: reserved in the cluster; None: a whole GPU each where there
-    are any. threads: of torch in each. in_flight: tasks that a worker is given beforehand, so that it
-    never waits. max_failures: deaths of workers that are made good; those of machines that were taken
-    away do not count.
-    """
-
-    workers: int | None = 0
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float | None = 0.0
-    threads: int = 1
-    in_flight: int = 2
-    max_failures: int = 3
-
-    def __post_init__(self) -> None:
-        for flag, given, least in (
-            ("--workers", self.workers, 0),
-            ("--gpus-per-worker", self.gpus_per_worker, 0),
-            ("--threads-per-worker", self.threads, 1),
-            ("--max-failures", self.max_failures, 0),
-            ("in_flight", self.in_flight, 1),
-        ):
-            if given is not None and not given >= least:
-                raise ConfigError(flag, f"at least {least}", f"{given:g}", "correct it")
-        if not self.cpus_per_worker > 0:
-            raise ConfigError(
-                "--cpus-per-worker", "more than 0", f"{self.cpus_per_worker:g}", "correct it"
-            )
 
 
 def to_stderr(text: str) -> None:
@@ -78,8 +49,9 @@ def work_through(
     GPU may still see some: `packed_model.device_held` is the one to use. tasks: taken as they can be
     given out. say: told of lost workers.
 
-    A task whose worker died is answered again, so what answering writes must bear to be written
-    twice. Every worker is stopped at the end, at an error, and when the caller stops to iterate.
+    A task whose worker died is answered again, after all others, so what answering writes must bear
+    to be written twice. Every worker is stopped at the end, at an error, and when the caller stops
+    to iterate.
 
     Raises:
         ClusterError: more workers than the cluster has room for or could grow to; before loading.
@@ -125,11 +97,23 @@ def _cluster(crew: Crew) -> Iterator[_Fitted]:
     from orchestrator.launch import ray_runtime
     from orchestrator.launch.launchers import ROOT
 
-    cluster = ray_runtime.connect(ROOT)
+    with _own_sigterm():
+        cluster = ray_runtime.connect(ROOT)
     try:
         yield _fit(crew, cluster)
     finally:
         ray_runtime.disconnect()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts a bare exit in the place of what the caller does at SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -164,12 +148,35 @@ def _fit(crew: Crew, cluster: Cluster) -> _Fitted:
 
 @dataclass(eq=False)
 class _Hand:
-    """A worker. given: tasks that it has now; ready: it has loaded."""
+    """A worker. given: tasks that it has now; node: where it has loaded, None before."""
 
     number: int
     actor: Any
     given: int = 0
-    ready: bool = False
+    node: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.node is not None
+
+
+@dataclass
+class _Losses:
+    """Workers that died. nodes: of each, None before it had loaded; taken: nodes gone with notice."""
+
+    nodes: list[str | None] = field(default_factory=list)
+    taken: set[str | None] = field(default_factory=set)
+
+    def add(self, node: str | None, *, preempted: bool) -> None:
+        if not preempted:
+            self.nodes.append(node)
+        elif node is not None:
+            self.taken.add(node)
+
+    def failures(self, alive: Container[str]) -> int:
+        """A node that is gone counts once, however many workers it had."""
+        gone = {node for node in self.nodes if node is not None and node not in alive}
+        return len(gone - self.taken) + sum(node not in gone for node in self.nodes)
 
 
 class _Fleet(Generic[Task, Answer]):
@@ -185,7 +192,8 @@ class _Fleet(Generic[Task, Answer]):
         self.loading: dict[Any, _Hand] = {}
         self.working: dict[Any, tuple[_Hand, Task]] = {}
         self.again: deque[Task] = deque()
-        self.hired = self.failures = 0
+        self.hired = 0
+        self.losses = _Losses()
 
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Answer]]:
         first = list(islice(tasks, self.workers))
@@ -235,7 +243,9 @@ class _Fleet(Generic[Task, Answer]):
             for hand in self.hands:
                 if not hand.ready or hand.given >= depth:
                     continue
-                task = [self.again.popleft()] if self.again else list(islice(tasks, 1))
+                task = list(islice(tasks, 1))
+                if not task and self.again:
+                    task = [self.again.popleft()]
                 if not task:
                     return False
                 hand.given += 1
@@ -259,7 +269,7 @@ class _Fleet(Generic[Task, Answer]):
 
         hand = self.loading[ref] if ref in self.loading else self.working[ref][0]
         try:
-            answer: Answer = ray.get(ref)
+            answer: Any = ray.get(ref)
         except RayTaskError as error:
             cause = root_cause(error)
             if isinstance(cause, UserError):
@@ -269,7 +279,7 @@ class _Fleet(Generic[Task, Answer]):
             self._lost(hand, error)
             return
         if self.loading.pop(ref, None) is not None:
-            hand.ready = True
+            hand.node = answer
             return
         hand.given -= 1
         yield self.working.pop(ref)[1], answer
@@ -288,12 +298,30 @@ class _Fleet(Generic[Task, Answer]):
         self.hands.remove(hand)
         self.loading = {ref: other for ref, other in self.loading.items() if other is not hand}
         mine = [ref for ref, (other, _) in self.working.items() if other is hand]
-        self.again.extendleft(self.working.pop(ref)[1] for ref in reversed(mine))
+        lost = [self.working.pop(ref)[1] for ref in mine]
+        # The one it worked at goes last: it may be what kills the workers.
+        self.again.extend([*lost[1:], *lost[:1]])
         with suppress(RayError):  # it may live behind a broken link
             ray.kill(hand.actor)
         why = f"worker {hand.number}: {describe_failures({0: error}).removeprefix('rank 0: ')}"
-        self.failures += not getattr(error, "preempted", False)
-        if self.failures > self.crew.max_failures:
-            raise GaveUpError(self.failures, RuntimeError(why))
+        self.losses.add(hand.node, preempted=getattr(error, "preempted", False))
+        failures = self._failures()
+        if failures > self.crew.max_failures:
+            at = f", at {str(lost[0])[:MOST_SIGNS]}" if lost else ""
+            raise GaveUpError(failures, RuntimeError(why + at))
         self.say(f"{why}; another takes its place and its {len(mine)} task(s)")
         self._hire()
+
+    def _failures(self) -> int:
+        """Before they are too many, the cluster gets time to notice that nodes are gone."""
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        end = time.monotonic() + NODE_LAG_S
+        while True:
+            alive = {str(one["NodeID"]) for one in ray.nodes() if one["Alive"]}
+            failures, least = self.losses.failures(alive), self.losses.failures({here})
+            most = self.crew.max_failures
+            if failures <= most or least > most or time.monotonic() > end:
+                return failures
+            time.sleep(NODE_LAG_S / 100)

@@ -1,11 +1,9 @@
-"""The actor of a fleet. It is a process of its own, so nothing heavy is imported here."""
+"""The actor of a fleet. The driver imports this too, so nothing heavy is imported here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 
 class FleetWorker:
@@ -14,10 +12,14 @@ class FleetWorker:
     def __init__(self) -> None:
         self.answer: Callable[[Any], Any] | None = None
 
-    def load(self, make: Callable[[], Callable[[Any], Any]], threads: int) -> None:
-        """Before the first task. Raises what `make` raises."""
+    def load(self, make: Callable[[], Callable[[Any], Any]], threads: int) -> str:
+        """Before the first task; the node it is on. Raises what `make` raises."""
+        import ray
+        import torch
+
         torch.set_num_threads(threads)
         self.answer = make()
+        return str(ray.get_runtime_context().get_node_id())
 
     def work(self, task: Any) -> Any:
         """Raises what answering raises."""

@@ -17,6 +17,7 @@ import torch
 
 from model.predictor import copy_served
 from model.training.state import META
+from orchestrator.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,22 @@ class PackedModel:
             for name, content in self.files.items():
                 (Path(temporary) / name).write_bytes(content)
             yield Path(temporary)
+
+
+@contextmanager
+def within_memory(images: int) -> Iterator[None]:
+    """A model looks at so many images at once.
+
+    Raises:
+        ConfigError: the device's memory does not hold them.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "--batch-size", "images that fit the device's memory",
+            f"{images} ({str(error).splitlines()[0]})", "lower it",
+        ) from None  # fmt: skip
 
 
 def device_held() -> torch.device:

@@ -127,6 +127,8 @@ def examine_tracker(job: TrainJob) -> Examined:
         took = time.monotonic() - began
         where = runs.artifact_location()
         runs.check_artifacts(required=True)
+        if runs.trouble is not None:  # since then
+            raise runs.trouble
     except TrackingError as error:
         found.say("tracker", f"does not work: {error.got}", tracker=None)
         found.findings += finding("error", "tracker", "tracker", f"{error.expected} wanted, got {error.got}", 1,

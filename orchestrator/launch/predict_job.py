@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, TextIO, cast
 
 from orchestrator.config.predict_cli import PredictOptions, PredictRequest
 from orchestrator.config.schema import RunConfig, TrainJob
 from orchestrator.errors import GaveUpError
-from orchestrator.launch.fleet import Crew, work_through
+from orchestrator.launch.crew import Crew
+from orchestrator.launch.fleet import work_through
 from orchestrator.launch.packed_model import PackedModel
 from orchestrator.launch.predict_plan import Shards, draws, plan_of, threads_of
 from orchestrator.launch.predict_progress import PredictProgress
 from orchestrator.launch.predict_worker import Looker
 from orchestrator.launch.progress import Row, print_table
 from orchestrator.launch.resolve import output_folder
+from orchestrator.launch.signals import interruptible
 from orchestrator.records.sources import open_model
 from orchestrator.records.tracker import tracking_uri
 from orchestrator.storage.filesystems import open_place
@@ -57,11 +58,15 @@ def run_predict_job(
     uri = tracking_uri(request.tracking_uri, output_folder(TrainJob())[0])
     with open_model(request.model, uri) as checkpoint:
         model = PackedModel.of(checkpoint)
-    images = list_images(request.images, tell=lambda n: print(f"found {n} images …", file=out))
-    shards = Shards(images, request.batch_size, draw=draws(request, images))
-    plan = plan_of(request, shards, model)
     folder = PredictionFolder(open_place(_output(request), OUTPUT))
     with folder.alone():
+        images = list_images(
+            request.images,
+            tell=lambda n: print(f"found {n} images …", file=out),
+            without=folder.place.join(DRAWN),  # where the output lies below the images
+        )
+        shards = Shards(images, request.batch_size, draw=draws(request, images))
+        plan = plan_of(request, shards, model)
         folder.begin(plan, fresh=options.fresh)
         job = _Prediction(request, shards, folder, out)
         known = folder.report()
@@ -101,7 +106,7 @@ class _Prediction:
             frames=self.shards.shifted, stream=self.out,
         )  # fmt: skip
         try:
-            with _interruptible():
+            with interruptible():
                 self._look(looker, crew, progress, done)
         except GaveUpError as error:
             progress.close()
@@ -210,17 +215,3 @@ def _output(request: PredictRequest) -> str:
         return request.output
     folder, _ = output_folder(TrainJob(run=RunConfig(output=request.output)))
     return str(folder)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM (what a job stop sends) ends the driver as Ctrl-C does: workers are stopped properly."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

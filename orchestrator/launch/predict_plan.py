@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from orchestrator.config.predict_cli import PredictRequest
+from orchestrator.launch.crew import threads_for
 from orchestrator.launch.packed_model import PackedModel
 from orchestrator.launch.predict_worker import Item, Shard
 from orchestrator.storage.images import ImageFile, ImageList, image_ids, is_video
@@ -124,7 +125,7 @@ def draws(request: PredictRequest, images: ImageList) -> bool:
 def threads_of(request: PredictRequest) -> int:
     """The same for every number of workers: it decides how sums are split, so the last digits."""
     given = request.threads_per_worker
-    return max(1, int(request.cpus_per_worker)) if given is None else given
+    return threads_for(request.cpus_per_worker) if given is None else given
 
 
 def plan_of(request: PredictRequest, shards: Shards, model: PackedModel) -> dict[str, Any]:

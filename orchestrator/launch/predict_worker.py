@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, BinaryIO
 
@@ -14,7 +14,7 @@ import torch
 from model.drawing import draw
 from model.predictor import Prediction, Predictor, read_image
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.launch.packed_model import PackedModel, device_held
+from orchestrator.launch.packed_model import PackedModel, device_held, within_memory
 from orchestrator.storage.images import ImageFile, read_batches
 from orchestrator.storage.predictions import (
     DRAWN,
@@ -49,6 +49,11 @@ class Shard:
     def video(self) -> Item | None:
         return self.items[0] if self.items[0].file.is_video else None
 
+    def __str__(self) -> str:
+        """For people."""
+        more = f" and {len(self.items) - 1} more" if len(self.items) > 1 else ""
+        return f"shard {self.number}: {one_line(valid_text(self.items[0].file.name))}{more}"
+
 
 @dataclass(frozen=True)
 class Looker:
@@ -78,7 +83,8 @@ class Looker:
         device = torch.device("cpu") if self.use_gpu is False else device_held()
         with self.model.unpacked() as checkpoint:
             predictor = Predictor.load(checkpoint, device)
-        return _Desk(self, predictor).look
+        # Without the bytes, which nobody needs again.
+        return _Desk(replace(self, model=PackedModel({})), predictor).look
 
 
 @dataclass
@@ -126,9 +132,10 @@ class _Desk:
                         picture.save(path, format="JPEG", quality=JPEG_QUALITY)
 
     def _predict(self, images: Sequence[Any]) -> list[Prediction]:
-        return self.ask.predict(
-            images, score_threshold=self.order.score, batch_size=self.order.batch_size
-        )
+        with within_memory(self.order.batch_size):
+            return self.ask.predict(
+                images, score_threshold=self.order.score, batch_size=self.order.batch_size
+            )
 
     def _video(self, item: Item, rows: _Rows) -> None:
         """A broken one is used up to the break."""

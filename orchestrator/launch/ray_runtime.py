@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -187,10 +188,7 @@ class Cluster:
         now = room_for(cpus_per_worker, gpus_per_worker)
         if not self.grows:
             return now
-        fits = self.cpus // cpus_per_worker
-        if gpus_per_worker:
-            fits = min(fits, self.gpus // gpus_per_worker)
-        return max(now, int(fits))
+        return max(now, fitting(self.cpus, self.gpus, cpus_per_worker, gpus_per_worker))
 
 
 def connect(root: Path, *, dashboard: bool = False) -> Cluster:
@@ -258,17 +256,30 @@ def room_for(cpus_per_worker: float, gpus_per_worker: float) -> int:
     for node in ray.nodes():
         if node["Alive"]:
             there = node["Resources"]
-            fits = there.get("CPU", 0.0) // cpus_per_worker
-            if gpus_per_worker:
-                fits = min(fits, there.get("GPU", 0.0) // gpus_per_worker)
-            total += int(fits)
+            cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+            total += fitting(cpus, gpus, cpus_per_worker, gpus_per_worker)
     return total
 
 
 def free_room(cpus_per_worker: float, gpus_per_worker: float) -> int:
     """How many workers fit beside what others use now."""
     there = ray.available_resources()
-    fits = there.get("CPU", 0.0) // cpus_per_worker
-    if gpus_per_worker:
-        fits = min(fits, there.get("GPU", 0.0) // gpus_per_worker)
-    return int(fits)
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    return fitting(cpus, gpus, cpus_per_worker, gpus_per_worker)
+
+
+def fitting(cpus: float, gpus: float, cpus_per_worker: float, gpus_per_worker: float) -> int:
+    """How many workers so many cores and devices hold. A part of a GPU is one of a single device."""
+    fits = _parts(cpus, cpus_per_worker)
+    if not gpus_per_worker:
+        return fits
+    if gpus_per_worker >= 1:
+        return min(fits, _parts(gpus, gpus_per_worker))
+    whole = math.floor(gpus)
+    on_gpus = whole * _parts(1, gpus_per_worker) + _parts(gpus - whole, gpus_per_worker)
+    return min(fits, on_gpus)
+
+
+def _parts(there: float, each: float) -> int:
+    """1 // 0.1 is 9."""
+    return math.floor(there / each + 1e-9)

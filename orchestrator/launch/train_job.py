@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TextIO
 
@@ -19,6 +16,7 @@ from orchestrator.launch.launchers import Launcher, LocalLauncher, RayLauncher, 
 from orchestrator.launch.places import check_places, checkpoints_uri, only_one
 from orchestrator.launch.progress import Progress, print_table
 from orchestrator.launch.resolve import derive, resolve_job
+from orchestrator.launch.signals import interruptible
 from orchestrator.launch.tracked import Outcome, Work, report_of, run_tracked
 
 
@@ -81,22 +79,8 @@ def _lead(job: TrainJob, options: Options, out: TextIO, launcher: Launcher) -> O
             work = Work(resolved, derived, hardware, launcher, runs, facts, ious)
             progress = Progress.of(derived.schedule, job.checkpoint.metric, out)
             return run_tracked(
-                work, run, progress, began=began, out=out, interruptible=_interruptible
+                work, run, progress, began=began, out=out, interruptible=interruptible
             )
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM (what a job stop sends) ends the driver as Ctrl-C does: the run is closed properly."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 __all__ = ["Outcome", "UserError", "run_train_job"]

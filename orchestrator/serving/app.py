@@ -15,7 +15,6 @@ from orchestrator.serving.messages import About, Limits
 
 UNLIMITED = 1_000_000
 """Requests at the front: its door counts those that cost something."""
-DRAIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ def build(
     detector = serve.deployment(
         name="detector", max_queued_requests=limits.max_queued,
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
-        graceful_shutdown_timeout_s=DRAIN_S, **scale.options(copy.max_batch),
+        graceful_shutdown_timeout_s=limits.timeout_s, **scale.options(copy.max_batch),
     )(Detector)  # fmt: skip
     front = serve.deployment(
         name="front", num_replicas=1, max_ongoing_requests=UNLIMITED,
-        ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=DRAIN_S,
+        ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=limits.timeout_s,
     )(serve.ingress()(Front))  # fmt: skip
     return front.bind(detector.bind(files, copy), about, limits, token_digest)

@@ -80,6 +80,7 @@ class Detector:
         self.network = ThreadPoolExecutor(1, "network")
         batched = serve.batch(max_batch_size=copy.max_batch, batch_wait_timeout_s=copy.batch_wait_s)
         self._seen: Callable[[Prepared], Coroutine[Any, Any, _Seen]] = batched(self._look)
+        self.broken: str | None = None
         first = self.predictor.prepare(sample_picture())
         for number in {1, copy.max_batch}:
             self.predictor.detect([first] * number)
@@ -110,11 +111,28 @@ class Detector:
             leads=seen.leads,
         )
 
+    def check_health(self) -> None:
+        """Serve asks now and then, and puts another copy in place of one that stays broken: after
+        some errors a GPU refuses all that follows in the same process.
+
+        Raises:
+            RuntimeError: the network has failed, and has not answered since.
+        """
+        if self.broken is not None:
+            raise RuntimeError(self.broken)
+
     async def _look(self, images: list[Prepared]) -> list[_Seen]:
         """The network has a thread of its own, so that the next images are decoded meanwhile."""
         loop = asyncio.get_running_loop()
         began = time.monotonic()
-        all_found = await loop.run_in_executor(self.network, self.predictor.detect, images, 0.0)
+        try:
+            all_found = await loop.run_in_executor(self.network, self.predictor.detect, images, 0.0)
+        except torch.OutOfMemoryError:  # of these images; the next ones may fit
+            raise
+        except RuntimeError as error:
+            self.broken = str(error)
+            raise
+        self.broken = None
         ended = time.monotonic()
         return [
             _Seen(found, began, ended, len(images), index == 0)

@@ -96,6 +96,8 @@ class Door:
         if self.token_digest is not None and path.startswith(GUARDED):
             _authenticate(headers.get("authorization", b""), self.token_digest)
         if scope["method"] in ("GET", "HEAD"):
+            if headers.get("content-length", b"0") != b"0" or "transfer-encoding" in headers:
+                raise Refused(400, "body", "none with GET", "one", "use POST /predict")
             await self.app(scope, receive, reply)
             return
         if self.meters.inside.number >= self.limits.max_queued:

@@ -148,6 +148,7 @@ class _Front:
     ) -> None:
         self.ask, self.about, self.limits, self.meters = ask, about, limits, meters
         self.clock, self.answered_at, self.sample = clock, -READY_S, sample_picture()
+        self._probe: asyncio.Future[Answer] | None = None
 
     async def predict(self, request: Request, score: Score = None) -> Response:
         """Objects in one image, sent as the body or as the file of a form."""
@@ -176,8 +177,11 @@ class _Front:
         return JSONResponse(card.model_dump())
 
     async def ready(self) -> Response:
+        """One question for all who ask meanwhile: anybody may, as often as they like."""
         if self.clock() - self.answered_at >= READY_S:
-            await self._answer(self.sample, 0.0)
+            if self._probe is None or self._probe.done():
+                self._probe = asyncio.ensure_future(self._answer(self.sample, 0.0))
+            await asyncio.shield(self._probe)
         return JSONResponse({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:

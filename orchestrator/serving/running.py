@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -18,7 +19,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from orchestrator.config.serve_cli import ServeRequest
 from orchestrator.errors import ClusterError
-from orchestrator.launch.ray_runtime import Cluster, connect
+from orchestrator.launch.ray_runtime import Cluster, connect, free_room
 from orchestrator.serving.app import Scale, build
 from orchestrator.serving.detector import Copy
 from orchestrator.serving.door import BODY_TIMEOUT_S, digest
@@ -65,6 +66,11 @@ def scale_of(request: ServeRequest, there: Cluster) -> Scale:
     return Scale(request.replicas, room, request.cpus_per_replica, gpus)
 
 
+def free(scale: Scale) -> int:
+    """How many copies fit beside what others use now."""
+    return free_room(scale.cpus, scale.gpus)
+
+
 def start(
     request: ServeRequest,
     about: About,
@@ -96,7 +102,7 @@ def start(
     try:
         serve.start(
             proxy_location="HeadOnly", http_options=http, logging_config=quiet,
-            controller_options={"runtime_env": {"env_vars": environment(limits)}},
+            controller_options={"runtime_env": {"env_vars": environment(limits, secret)}},
         )  # fmt: skip
         app = build(ray.put(files), copy, scale, about, limits, secret)
         serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
@@ -106,6 +112,18 @@ def start(
             "Ray Serve", f"a server at {where} with a copy of the model", reason(error),
             "see the logs of the cluster (/tmp/ray/session_latest/logs/serve)",
         ) from None  # fmt: skip
+
+
+def _delete(timeout_s: float) -> None:
+    """Raises TimeoutError: Serve itself waits a minute, which answers may take longer than."""
+    latest = time.monotonic() + timeout_s
+    while True:
+        try:
+            serve.delete(APP)
+            return
+        except TimeoutError:
+            if time.monotonic() > latest:
+                raise
 
 
 def problem() -> str | None:
@@ -119,12 +137,14 @@ def problem() -> str | None:
     return None
 
 
-def end(there: Cluster) -> None:
-    """Answers under way are finished first. What was started here goes with this process."""
+def end(there: Cluster, timeout_s: float) -> None:
+    """Answers under way are finished first, which takes up to timeout_s. What was started here goes
+    with this process.
+    """
     if not ray.is_initialized():
         return
     try:
-        serve.delete(APP)
+        _delete(timeout_s)
         if not there.embedded:
             # Serve's controller ends itself, which Ray tells every driver as a failed task.
             with redirect_stdout(io.StringIO()):

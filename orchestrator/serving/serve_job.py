@@ -64,8 +64,9 @@ def run_serve_job(
         files = served_files(folder)
     from orchestrator.serving import running
 
-    with running.cluster(ROOT) as cluster, _stop_signals() as stop:
-        return _serve(request, about, files, cluster, token, stop, out)
+    # Ray puts a handler of its own in place when it connects, so this one comes after it.
+    with running.cluster(ROOT) as cluster, _stop_signals() as signals:
+        return _serve(request, about, files, cluster, token, signals, out)
 
 
 def describe(folder: Path, source: str) -> About:
@@ -134,14 +135,16 @@ def _serve(
     files: dict[str, bytes],
     cluster: Cluster,
     token: str | None,
-    stop: threading.Event,
+    signals: _Signals,
     out: TextIO,
 ) -> ServeOutcome:
     from orchestrator.serving import running
 
     scale = running.scale_of(request, cluster)
     try:
+        print(_starting(scale.replicas or 1, running.free(scale)), file=out, flush=True)
         running.start(request, about, files, scale, token)
+        signals.ready.set()
         url = f"http://{_shown(request.host)}:{request.port}"
         on = f"GPU, {scale.gpus:g} each" if scale.gpus else f"CPU, {scale.cpus:g} each"
         number = f"1 to {scale.room}" if scale.replicas is None else str(scale.replicas)
@@ -155,17 +158,24 @@ def _serve(
         print_table(about.source, rows, out)
         print(f"ready: {url}", file=out, flush=True)
         problem = None
-        while problem is None and not stop.wait(LOOK_EVERY_S):
+        while problem is None and not signals.stop.wait(LOOK_EVERY_S):
             problem = running.problem()
         if problem is not None:
             print(f"ended: {problem}", file=sys.stderr, flush=True)
         else:
             print("stopping: answers under way are finished", file=out, flush=True)
     finally:
-        running.end(cluster)
+        running.end(cluster, request.timeout_s)
     status = "stopped" if problem is None else "failed"
     report = {"status": status, "url": url, "model": about.source}
     return ServeOutcome(int(problem is not None), report)
+
+
+def _starting(wanted: int, free: int) -> str:
+    said = f"starting {wanted} {'copy' if wanted == 1 else 'copies'} ..."
+    if free < wanted:
+        said += f" there is room for {free} now: waiting until others end, or nodes come"
+    return said
 
 
 def _curl(url: str, token: str | None) -> str:
@@ -196,19 +206,29 @@ def _check_address(request: ServeRequest) -> None:
             ) from None  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Signals:
+    """stop: asked for. ready: set by whoever waits for `stop` from then on."""
+
+    stop: threading.Event
+    ready: threading.Event
+
+
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """The first SIGTERM or Ctrl-C ends the service in order; the second at once."""
-    stop = threading.Event()
+def _stop_signals() -> Iterator[_Signals]:
+    """The first SIGTERM or Ctrl-C ends the service in order; the second, or one before it is ready,
+    at once.
+    """
+    signals = _Signals(threading.Event(), threading.Event())
 
     def ask(number: int, frame: object) -> None:
-        if stop.is_set():
+        if signals.stop.is_set() or not signals.ready.is_set():
             raise KeyboardInterrupt
-        stop.set()
+        signals.stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,23 +18,27 @@ from orchestrator.serving.messages import Limits
 from orchestrator.serving.meters import TURNED_AWAY, Meters
 
 CALLBACK, LIMITS = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "EFFDET_SERVE_LIMITS"
+TOKEN_DIGEST = "EFFDET_SERVE_TOKEN_DIGEST"
 
 
-def environment(limits: Limits) -> dict[str, str]:
+def environment(limits: Limits, token_digest: bytes | None) -> dict[str, str]:
     """Of the proxy's process."""
-    return {CALLBACK: f"{__name__}.middlewares", LIMITS: json.dumps(asdict(limits))}
+    said = {CALLBACK: f"{__name__}.middlewares", LIMITS: json.dumps(asdict(limits))}
+    return said if token_digest is None else said | {TOKEN_DIGEST: token_digest.hex()}
 
 
 def middlewares() -> list[Middleware]:
     """What Serve puts around its proxy."""
-    return [Middleware(Turnstile, limits=Limits(**json.loads(os.environ[LIMITS])))]
+    limits, secret = Limits(**json.loads(os.environ[LIMITS])), os.environ.get(TOKEN_DIGEST)
+    digest = bytes.fromhex(secret) if secret else None
+    return [Middleware(Turnstile, limits=limits, token_digest=digest)]
 
 
 class Turnstile:
-    """The door without its token, which the front asks for."""
+    """The same door: who has no token is sent away before the body is read."""
 
-    def __init__(self, app: App, limits: Limits) -> None:
-        self.door = Door(app, limits, Meters())
+    def __init__(self, app: App, limits: Limits, token_digest: bytes | None = None) -> None:
+        self.door = Door(app, limits, Meters(), token_digest)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

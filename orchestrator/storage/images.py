@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from orchestrator.errors import DataError, StorageError, UserError
 from orchestrator.storage.filesystems import Place, open_place, reason
@@ -26,6 +26,8 @@ READERS = 8
 PATIENCE_S = 60.0
 TELL_EVERY = 10_000  # files found
 MOST_DIGITS = 18  # that a 64-bit number surely holds
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,35 @@ class ImageFile:
         try:
             if self.place.local is not None:
                 return self.place.local.read_bytes()
-            data: bytes = retrying(
-                lambda: self.place.filesystem.cat_file(self.place.path),
-                self.place.uri,
-                where="IMAGES",
-                retry_for_s=PATIENCE_S,
+            data: bytes = fetch(
+                self.place, what, lambda: self.place.filesystem.cat_file(self.place.path)
             )
         except OSError as error:
             raise DataError(what, "a file that can be read", reason(error), "correct it") from None
         return data
+
+
+def fetch(place: Place, what: str, work: Callable[[], Content]) -> Content:
+    """`work()`, which gets a remote file.
+
+    Raises:
+        DataError: the file is archived, which concerns no other. StorageError: as `retrying`.
+        FileNotFoundError
+    """
+
+    def get() -> Content:
+        try:
+            return work()
+        except PermissionError as error:
+            answer = getattr(error.__cause__, "response", None) or {}
+            if answer.get("Error", {}).get("Code") == "InvalidObjectState":
+                raise DataError(
+                    what, "an object that is not archived", reason(error),
+                    "restore it or take it out",
+                ) from None  # fmt: skip
+            raise
+
+    return retrying(get, place.uri, where="IMAGES", retry_for_s=PATIENCE_S)
 
 
 def is_video(name: str) -> bool:
@@ -125,11 +147,16 @@ class ImageList(Sequence[ImageFile]):
         return [root.folder for root in self.roots if not root.protocol][:most]
 
 
-def list_images(sources: Iterable[str], tell: Callable[[int], None] | None = None) -> ImageList:
+def list_images(
+    sources: Iterable[str],
+    tell: Callable[[int], None] | None = None,
+    without: Place | None = None,
+) -> ImageList:
     """Every image and video once, in the order given, a folder's by path.
 
     A folder (or prefix) is searched to its bottom for files with a known suffix; a file that is named
-    itself is taken whatever it is called. tell: how many were found, now and then.
+    itself is taken whatever it is called. tell: how many were found, now and then. without: a folder
+    whose files are left out.
 
     Raises:
         DataError: a source without an image. StorageError: one that cannot be listed.
@@ -140,7 +167,7 @@ def list_images(sources: Iterable[str], tell: Callable[[int], None] | None = Non
     for source in sources:
         place, any_there = open_place(source, "IMAGES"), False
         try:
-            for root, path, size in _below(place):
+            for root, path, size in _below(place, without):
                 any_there = True
                 if seen is not None:
                     full = root.path(path)
@@ -168,7 +195,7 @@ def list_images(sources: Iterable[str], tell: Callable[[int], None] | None = Non
     return images
 
 
-def _below(place: Place) -> Iterator[tuple[_Root, str, int]]:
+def _below(place: Place, without: Place | None) -> Iterator[tuple[_Root, str, int]]:
     """(where, path below it, size) of a source's files."""
     filesystem, path = place.filesystem, place.path
     protocol, sign, _ = place.uri.partition("://")
@@ -176,7 +203,8 @@ def _below(place: Place) -> Iterator[tuple[_Root, str, int]]:
     if filesystem.isfile(path):
         folder, _, name = path.rpartition("/")
         root = _Root(prefix, filesystem, folder or "/", whole=False)
-        yield root, name, int(filesystem.size(path) or 0)
+        if not name.startswith(_left_out(root, without)):
+            yield root, name, int(filesystem.size(path) or 0)
         return
     found: Iterator[Found]
     if is_pattern(path) and not filesystem.exists(path):
@@ -190,9 +218,23 @@ def _below(place: Place) -> Iterator[tuple[_Root, str, int]]:
             return
         root = _Root(prefix, filesystem, path, whole=True)
         found = walk(filesystem, path)
+    left_out = _left_out(root, without)
     for name, size in found:
-        if name.lower().endswith(SUFFIXES):
+        if name.lower().endswith(SUFFIXES) and not name.startswith(left_out):
             yield root, name, size
+
+
+def _left_out(root: _Root, without: Place | None) -> tuple[str, ...]:
+    """What the paths below a root begin with that lie in `without`: "" where all do; () where none."""
+    if without is None or root.filesystem != without.filesystem:
+        return ()
+    folder, inner = root.folder, without.path
+    if without.local is not None:
+        folder, inner = os.path.realpath(folder), os.path.realpath(inner)
+    folder, inner = f"{folder.strip('/')}/".lstrip("/"), f"{inner.strip('/')}/"
+    if inner.startswith(folder):
+        return (inner[len(folder) :],)
+    return ("",) if folder.startswith(inner) else ()
 
 
 def image_ids(images: ImageList) -> tuple[Sequence[int], str]:

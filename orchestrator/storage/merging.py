@@ -6,9 +6,10 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Format = Literal["json", "parquet"]
+from orchestrator.config.predict_cli import ResultFormat
+
 CHUNK_BYTES = 2**20
 ROW_GROUP = 100_000
 IMAGE_ID = re.compile(rb'^\{"image_id": (\d+)', re.MULTILINE)
@@ -17,7 +18,7 @@ Rows = tuple[Path, int]
 """A file with a row on each line, and what is added to each image_id in it."""
 
 
-def merge(parts: Iterable[Rows], target: Path, form: Format) -> None:
+def merge(parts: Iterable[Rows], target: Path, form: ResultFormat) -> None:
     """The rows of all parts in their order."""
     (_to_json if form == "json" else _to_parquet)(parts, target)
 

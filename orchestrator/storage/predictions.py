@@ -13,6 +13,7 @@ It may lie on any filesystem that fsspec knows. A shard that is predicted twice 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from orchestrator.errors import ConfigError
 from orchestrator.storage.filesystems import Place, check_writable
@@ -35,6 +36,7 @@ PLAN, REPORT, FAILED, DRAWN, PARTS = "plan.json", "report.json", "failed.json", 
 OUTPUT = "--output"
 READERS = 16
 AHEAD = 4  # parts
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # how shares say that they have none
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ class PredictionFolder:
         """Make the folder one of this plan, or find that it is.
 
         Raises:
-            ConfigError: it has another plan.
+            ConfigError: it has another plan, or one that cannot be read.
         """
-        known = self.plan()
+        known = self._any_plan() if fresh else self.plan()
         if known is not None and fresh:
             self._clear()
         elif known is not None:
@@ -95,11 +97,27 @@ class PredictionFolder:
         self.write(PLAN, json.dumps(plan, indent=1).encode())
 
     def plan(self) -> dict[str, Any] | None:
-        return self._json(PLAN)
+        """Raises ConfigError: it is cut, or something else."""
+        try:
+            return self._json(PLAN)
+        except ValueError as error:
+            raise ConfigError(
+                OUTPUT, f"a {PLAN} that is whole", f"{self.place.uri}/{PLAN} ({error})",
+                "give another --output, or --fresh to replace what is there",
+            ) from None  # fmt: skip
+
+    def _any_plan(self) -> dict[str, Any] | None:
+        """{} for one that cannot be read."""
+        try:
+            return self._json(PLAN)
+        except ValueError:
+            return {}
 
     def report(self) -> dict[str, Any] | None:
-        """Of a prediction that was finished."""
-        return self._json(REPORT)
+        """Of a prediction that was finished. One that was cut is none."""
+        with suppress(ValueError):
+            return self._json(REPORT)
+        return None
 
     def check_reached(self, plan: Mapping[str, Any]) -> None:
         """On another node. Raises ConfigError: it sees another folder under this name, or none."""
@@ -112,9 +130,10 @@ class PredictionFolder:
     def done(self) -> dict[int, Part]:
         """Shards that are committed, without what failed in them."""
         folder = f"{self.place.path}/{PARTS}"
-        if not self.place.filesystem.exists(folder):
+        if not self.has(PARTS):
             return {}
-        listed = self.place.filesystem.find(folder, detail=True)
+        find = self.place.filesystem.find
+        listed = retrying(lambda: find(folder, detail=True), folder, where=OUTPUT)
         sizes = {path.rpartition("/")[2]: int(info["size"]) for path, info in listed.items()}
         numbers = sorted(int(name[:-5]) for name in sizes if _is_summary(name))
         found: dict[int, Part] = {}
@@ -223,13 +242,14 @@ class PredictionFolder:
         self._remove(PARTS)
 
     def has(self, name: str) -> bool:
-        return bool(self.place.filesystem.exists(f"{self.place.path}/{name}"))
+        path = f"{self.place.path}/{name}"
+        return bool(retrying(lambda: self.place.filesystem.exists(path), path, where=OUTPUT))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Two processes must not finish the same prediction. Goes with the process, even killed.
 
-        Only a local folder knows locks.
+        Only a local folder knows locks, and not each of them.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -241,16 +261,7 @@ class PredictionFolder:
             yield
             return
         path = local / ".lock"
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise ConfigError(
-                    OUTPUT, "a folder that no other prediction writes",
-                    f"{self.place.uri}, written by process {file.read().strip()}",
-                    "wait for it, stop it, or give another --output",
-                ) from None  # fmt: skip
+        with self._locked(path) as file:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -259,21 +270,51 @@ class PredictionFolder:
             finally:
                 path.unlink(missing_ok=True)
 
+    def _locked(self, path: Path) -> TextIO:
+        """The file, locked; who was there before may have removed it since it was opened."""
+        while True:
+            file = path.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return file
+                with file:
+                    if not isinstance(error, BlockingIOError):
+                        raise
+                    file.seek(0)
+                    raise ConfigError(
+                        OUTPUT, "a folder that no other prediction writes",
+                        f"{self.place.uri}, written by process {file.read().strip()}",
+                        "wait for it, stop it, or give another --output",
+                    ) from None  # fmt: skip
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            file.close()
+
     def _clear(self) -> None:
-        """Only what a prediction writes. The plan goes last: until then it is one."""
-        for name in (REPORT, "detections.json", "detections.parquet", FAILED, DRAWN, PARTS, PLAN):
+        """Only what a prediction writes. The plan goes last: until then it is one.
+
+        Parts go before what was drawn: a part that is committed has its pictures.
+        """
+        for name in (REPORT, PARTS, "detections.json", "detections.parquet", FAILED, DRAWN, PLAN):
             self._remove(name)
 
     def _remove(self, name: str) -> None:
         path = f"{self.place.path}/{name}"
         with suppress(FileNotFoundError):
-            self.place.filesystem.rm(path, recursive=True)
+            retrying(lambda: self.place.filesystem.rm(path, recursive=True), path, where=OUTPUT)
 
     def _json(self, name: str) -> dict[str, Any] | None:
+        """None: not there. Raises ValueError: no object in json."""
         try:
-            return dict(json.loads(self._read(name)))
+            found = json.loads(self._read(name))
         except FileNotFoundError:
             return None
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
 
     def _read(self, name: str) -> bytes:
         place = self.place.join(name)

@@ -12,15 +12,16 @@ from types import TracebackType
 from typing import Any
 
 import av
-from av.error import FFmpegError
+from av.error import ArgumentError, FFmpegError
 from PIL import Image
 
 from orchestrator.errors import ConfigError, DataError, UserError
 from orchestrator.storage.filesystems import Place, reason
-from orchestrator.storage.images import PATIENCE_S
-from orchestrator.storage.retry import retrying
+from orchestrator.storage.images import fetch
 
 CODECS = ("libx264", "mpeg4")
+# Of the files with a suffix that is known. No lists of others: those name files to be read.
+FORMATS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,m4v,asf,flv"
 LEAST_FPS, MOST_FPS, USUAL_FPS = 1, 120, 25
 MOST_SIDE_PX = 16_384
 WHOLE = 0.9  # of the frames that a file says it has
@@ -64,7 +65,7 @@ class Video:
         self._stack = ExitStack()
         try:
             path = self._stack.enter_context(_local(place))
-            self._container = self._stack.enter_context(av.open(str(path), "r"))
+            self._container = self._stack.enter_context(_open(path))
             if not self._container.streams.video:
                 raise self._unusable("a video", "a file without one")
             self._stream = self._container.streams.video[0]
@@ -109,8 +110,9 @@ class Video:
                     wanted = index % self.every.frames == 0
                 else:
                     wanted = time_s >= due_s
-                    while wanted and due_s <= time_s:
-                        due_s += self.every.seconds
+                    if wanted:
+                        skipped = int((time_s - due_s) / self.every.seconds)
+                        due_s += self.every.seconds * (skipped + 1)
                 if wanted:
                     yield Frame(index, time_s, self._picture(frame))
         except (OSError, FFmpegError, ValueError) as error:
@@ -134,7 +136,11 @@ class Video:
 
 
 class VideoWriter:
-    """Pictures as an mp4 file. All get the size of the first, made even."""
+    """Pictures as an mp4 file. All get the size of the first, made even.
+
+    Raises:
+        DataError: a size that the encoder does not take.
+    """
 
     def __init__(self, path: Path, fps: Fraction) -> None:
         self._container = av.open(str(path), "w", format="mp4")
@@ -150,17 +156,17 @@ class VideoWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._stream is not None:
-            for packet in self._stream.encode(None):
-                self._container.mux(packet)
-        self._container.close()
+        with ExitStack() as stack:
+            stack.callback(self._container.close)
+            if self._stream is not None and error is None:
+                self._encode(None)
 
     def add(self, picture: Image.Image) -> None:
         if self._stream is None:
             self._stream = self._container.add_stream(_codec(), rate=self._fps)
             self._stream.width, self._stream.height = (
-                picture.width // 2 * 2,
-                picture.height // 2 * 2,
+                max(2, picture.width // 2 * 2),
+                max(2, picture.height // 2 * 2),
             )
             self._stream.pix_fmt = "yuv420p"  # what every player shows
             self._stream.codec_context.thread_count = 1  # the cores are the workers'
@@ -168,8 +174,19 @@ class VideoWriter:
         if picture.size != size:
             picture = picture.resize(size)
         make: Any = av.VideoFrame.from_image
-        for packet in self._stream.encode(make(picture)):
-            self._container.mux(packet)
+        self._encode(make(picture))
+
+    def _encode(self, frame: Any) -> None:
+        """frame: None at the end."""
+        try:
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
+        except FFmpegError as error:
+            size = f"{self._stream.width} x {self._stream.height}"
+            raise DataError(
+                "a drawn video", "frames that can be encoded", f"{size} ({_why(error)})",
+                "take it out, or give --no-draw",
+            ) from None  # fmt: skip
 
 
 @contextmanager
@@ -180,11 +197,16 @@ def _local(place: Place) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="video-") as temporary:
         copy = Path(temporary) / "video"
-        retrying(
-            lambda: place.filesystem.get_file(place.path, str(copy)),
-            place.uri, where="IMAGES", retry_for_s=PATIENCE_S,
-        )  # fmt: skip
+        get = place.filesystem.get_file
+        fetch(place, f"video {place.uri}", lambda: get(place.path, str(copy)))
         yield copy
+
+
+def _open(path: Path) -> Any:
+    try:
+        return av.open(str(path), "r", options={"format_whitelist": FORMATS})
+    except ArgumentError:  # known, and not in the list
+        raise ValueError("another format") from None
 
 
 def _why(error: Exception) -> str:

@@ -67,7 +67,8 @@ def pictures(folder: Path, number: int, side_px: int) -> Path:
 def workers(folder: Path) -> dict[str, float]:
     """From the moment that all workers have answered once to the last answer."""
     from orchestrator.config.predict_cli import PredictRequest
-    from orchestrator.launch.fleet import Crew, work_through
+    from orchestrator.launch.crew import Crew
+    from orchestrator.launch.fleet import work_through
     from orchestrator.launch.packed_model import PackedModel
     from orchestrator.launch.predict_plan import Shards, plan_of
     from orchestrator.launch.predict_worker import Looker

@@ -82,7 +82,11 @@ def undisturbed(folder: Path, steps: int) -> Done:
 
 
 @pytest.mark.parametrize(
-    ("joins", "steps"), [(False, 250), pytest.param(True, 500, marks=pytest.mark.chaos)]
+    ("joins", "steps"),
+    [
+        pytest.param(False, 250, marks=pytest.mark.slow),
+        pytest.param(True, 500, marks=pytest.mark.chaos),
+    ],
 )
 def test_a_node_is_lost(network: hosts.Network, tmp_path: Path, joins: bool, steps: int) -> None:
     """2 -> 1 (-> 2) workers; the curve is that of one worker that was never disturbed."""

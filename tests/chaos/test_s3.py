@@ -44,7 +44,13 @@ def final_weights(storage: Storage, done: Done, folder: Path) -> Done:
     )
 
 
-@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param("local", marks=pytest.mark.slow),
+        pytest.param("ray", marks=pytest.mark.chaos),
+    ],
+)
 def test_a_fifth_of_all_calls_fails(
     undisturbed: Done, storage: Storage, tmp_path: Path, launcher: str
 ) -> None:
@@ -87,7 +93,7 @@ def test_killed_in_the_middle_of_an_upload(storage: Storage, tmp_path: Path) -> 
     [
         pytest.param("truncated", marks=pytest.mark.chaos),
         pytest.param("bit flipped", marks=pytest.mark.chaos),
-        "without marker",
+        pytest.param("without marker", marks=pytest.mark.slow),
     ],
 )
 def test_the_newest_checkpoint_is_damaged(

@@ -86,6 +86,18 @@ class Started:
             assert time.monotonic() < end
             time.sleep(0.02)
 
+    def wait_for_workers(self, number: int) -> list[int]:
+        """Their processes."""
+        end = time.monotonic() + 60
+        while True:
+            below = descendants(self.process.pid)
+            found = [pid for pid, line in below if "ray::FleetWorker" in line]
+            if len(found) == number:
+                return found
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
     def finish(self) -> Done:
         out, err = self.process.communicate(timeout=300)
         return Done(self.process.returncode, out, err)
@@ -144,9 +156,7 @@ def test_killed_and_resumed_on_other_workers_leaves_the_same_bytes(
     left = len(list((tmp_path / "killed" / "parts").glob("*.json")))
     two = Started(trained, tmp_path / "killed", *asked, "--workers", "2")
     two.wait_for(left + PARTS_BEFORE_A_KILL)
-    workers = [pid for pid, line in descendants(two.process.pid) if "ray::FleetWorker" in line]
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(two.wait_for_workers(2)[0], signal.SIGKILL)
     below = [pid for pid, _ in descendants(two.process.pid)]
     resumed = two.finish()
     assert resumed.code == 1, resumed.err
@@ -160,6 +170,23 @@ def test_killed_and_resumed_on_other_workers_leaves_the_same_bytes(
     assert [one["file_name"] for one in failed] == ["000000.jpg"]
     same = ("images", "failed", "detections", "image_ids")
     assert {key: resumed.report[key] for key in same} == {key: whole.report[key] for key in same}
+    assert not [pid for pid in below if is_ours(pid)]
+
+
+def test_stopped_with_workers_it_ends_as_at_ctrl_c(
+    trained: Done, crowd: Path, tmp_path: Path
+) -> None:
+    """Ray, started in between, has a say in what SIGTERM does."""
+    started = Started(trained, tmp_path / "out", str(crowd), "--no-draw", "--workers", "2")
+    started.wait_for(1)
+    below = [pid for pid, _ in descendants(started.process.pid)]
+    started.process.terminate()
+    done = started.finish()
+    assert done.code == 130, done.err
+    assert done.report["status"] == "interrupted"
+    assert done.report["shards_done"] < done.report["shards"]
+    assert "interrupted: the same command goes on with the " in done.out
+    assert "Traceback" not in done.err
     assert not [pid for pid in below if is_ours(pid)]
 
 

@@ -8,8 +8,10 @@ import signal
 import socket
 import time
 import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.integration
 STATUS = {"read": 200, "unknown": 415, "large": 413, "unusable": 422}
 PNG = encoded(picture(size=(120, 90)), "PNG")
 READY_S = 120.0
+SLOW = 12  # that many large pictures take longer than Serve waits when nobody tells it how long
 COPY = "ServeReplica:detector:detector"
 
 
@@ -233,9 +236,26 @@ def test_a_chosen_file_and_an_error_in_words(page: WebDriver, tmp_path: Path) ->
     assert "300 × 200 pixels" in page.find_element(By.ID, "timing").text
 
 
+def inside(server: PredictionServer) -> int:
+    """Requests that wait for an answer."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
+        page = answer.read().decode()
+    (line,) = (one for one in page.splitlines() if one.startswith("effdet_requests_inside "))
+    return int(float(line.split()[1]))
+
+
 def test_it_stops_in_order(server: PredictionServer) -> None:
-    """The last one: nobody is served after it."""
-    assert server.stop() == 0
+    """The last one: nobody is served after it, and who waits gets an answer, also a slow one."""
+    slow = encoded(picture(size=(8000, 6000)), "PNG")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(crowd, f"{server.url}/predict", slow, SLOW)
+        end = time.monotonic() + 60
+        while inside(server) < SLOW:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert server.stop() == 0
+        heard = asked.result()
+    assert [one.status for one in heard] == [200] * SLOW, [one.content for one in heard]
     assert json.loads(server.text().strip().splitlines()[-1])["status"] == "stopped"
     assert "Traceback" not in server.text()
     with pytest.raises(urllib.error.URLError, match="refused"):

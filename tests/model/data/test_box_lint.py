@@ -244,3 +244,15 @@ def test_examples_name_file_id_and_values() -> None:
     (found,) = [one for one in lint(doc) if one.kind == "degenerate"]
     assert found.examples[0] == "1.jpg, box 1: 10, 10, 0, 5"
     assert len(found.examples) == 3
+
+
+@pytest.mark.parametrize(
+    ("list_of", "kind"),
+    [("images", "image-row"), ("annotations", "annotation-row"), ("categories", "category-row")],
+)
+def test_ids_beyond_64_bits_are_counted(list_of: str, kind: str) -> None:
+    doc = document()
+    doc[list_of][0]["id"] = 2**127
+    wrong = {one.kind: one for one in lint(doc)}[kind]
+    assert (wrong.count, wrong.examples) == (1, (f"id {2**127}",))
+    assert "an id beyond 64 bits" in wrong.what

@@ -249,3 +249,35 @@ def test_names_that_stay_inside() -> None:
     for name in ("", "..", "/a", "a/../b", "a\\b", "a\0"):
         with pytest.raises(DataError, match="name inside the dataset"):
             safe_name(name, "x")
+
+
+def test_yolo_from_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = yolo_folder(tmp_path / "set", "0 0.5 0.5 0.5 0.5")
+    save(tmp_path / "outside" / "images" / "x.jpg")
+    monkeypatch.chdir(root)
+    for outside in ("..", "../outside/images", "images/../../outside", str(tmp_path / "outside")):
+        with pytest.raises(DataError, match="a place below"):
+            yolo.inside(Path(outside), Path("."), "data.yaml")
+    (root / "train.txt").write_text("../outside/images/x.jpg\n")
+    with pytest.raises(DataError, match=r"train\.txt:1: expected a place below"):
+        yolo.read_images([Path("train.txt")], Path("."), ["cat"])
+    absolute = root / "images" / "train"
+    assert yolo.inside(absolute, Path("."), "data.yaml") == absolute
+    assert yolo.inside(Path("./images/../images"), Path("."), "data.yaml") == Path("images")
+
+
+def test_yolo_follows_links_once(tmp_path: Path) -> None:
+    root = yolo_folder(tmp_path / "set", "0 0.5 0.5 0.5 0.5")
+    yolo_folder(tmp_path / "other", "", "images/more/b.jpg")
+    linked = root / "images" / "train" / "linked"
+    linked.symlink_to(tmp_path / "other" / "images", target_is_directory=True)
+    (root / "images" / "train" / "circle").symlink_to(root / "images", target_is_directory=True)
+    split = yolo.read_images([root / "images" / "train"], root, ["cat"])
+    names = sorted(image.file.name for image in split.images)
+    assert names == ["a.jpg", "b.jpg"]
+
+
+def test_voc_sizes_without_an_end(tmp_path: Path) -> None:
+    body = "<size><width>1e999</width><height>80</height></size>"
+    with pytest.raises(DataError, match="width and height in pixels"):
+        voc.read_set(voc_folder(tmp_path, body=body), "train")

@@ -117,6 +117,24 @@ def test_missing_and_unlisted_files(tmp_path: Path) -> None:
     assert seen == {}, "the listing has named it"
 
 
+def test_files_that_training_reads_are_there(tmp_path: Path) -> None:
+    """In a linked folder, and under another spelling, also of the other split."""
+    path, _ = folder(tmp_path / "a", range(3))
+    elsewhere, _ = folder(tmp_path / "b", range(1))
+    (path / "linked").symlink_to(elsewhere, target_is_directory=True)
+    raw = annotate(["linked/0.jpg", "./0.jpg", "1.jpg", "none/0.jpg"], {1: "thing"}, [])
+    found = lint_files(raw, list_files(path, raw.file_names), ["./2.jpg"], "train")
+    assert [(one.kind, one.examples) for one in found] == [("missing", ("none/0.jpg",))]
+
+
+def test_a_name_that_no_file_can_have_is_damaged(tmp_path: Path) -> None:
+    path, _ = folder(tmp_path / "a", range(1))
+    raw = annotate(["0.jpg", "a\0b.jpg"], {1: "thing"}, [])
+    _, findings = look(path, raw)
+    assert findings["damaged"].count == 1
+    assert "missing" in by_kind(lint_files(raw, list_files(path, raw.file_names), [], "train"))
+
+
 def test_a_sample_is_spread_over_the_set(tmp_path: Path) -> None:
     path, raw = folder(tmp_path / "a", range(9))
     looks, _ = look(path, raw, most=3)
@@ -130,7 +148,9 @@ def shared(tmp_path: Path, spoil: Callable[[Path, Path], None], most: int | None
     ours, _ = look(train_folder, train, most)
     theirs, _ = look(val_folder, val)
     sizes = {name: (train_folder / name).stat().st_size for name in train.file_names}
-    ours = with_same_sizes(ours, theirs, sizes, FolderReader(train_folder))
+    done: list[int] = []
+    ours = with_same_sizes(ours, theirs, sizes, FolderReader(train_folder), done.append)
+    assert done == list(range(len(train)))
     return by_kind(lint_duplicates(ours, theirs, same_files=False))
 
 

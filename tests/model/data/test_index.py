@@ -162,6 +162,12 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         (changed("annotations", [box(7, 1, [0, 0, float("nan"), 5], id=6)]), "6: .*finite"),
         (changed("images", [{"id": 7, "file_name": "a.jpg"}]), "no 'height'"),
         (changed("images", ["a.jpg"]), "COCO's fields"),
+        (
+            changed("images", [document()["images"][0] | {"id": 2**127}]) | {"annotations": []},
+            "COCO's fields",
+        ),
+        (changed("annotations", [box(7, 1, [0, 0, 5, 5], id=2**127)]), "COCO's fields"),
+        (changed("annotations", [box(7, 1, [0, 0, 10**400, 5], id=6)]), "COCO's fields"),
     ],
 )
 def test_broken_files_are_named_in_one_line(doc: Any, message: str) -> None:

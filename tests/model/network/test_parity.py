@@ -50,13 +50,11 @@ def assert_equal_outputs(ours: Detector, peer: EfficientDet, size_px: int, class
         "efficientdet_d0",
         *(
             pytest.param(name, marks=pytest.mark.integration)
-            for name in (
-                "tf_efficientdet_d3",
-                "tf_efficientdet_d4",
-                "tf_efficientdet_d7x",
-                "efficientdet_d3",
-                "efficientdet_d4",
-            )
+            for name in ("tf_efficientdet_d3", "tf_efficientdet_d7x", "efficientdet_d3")
+        ),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("tf_efficientdet_d4", "efficientdet_d4")
         ),
     ],
 )

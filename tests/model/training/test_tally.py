@@ -81,6 +81,16 @@ def test_equal_scores_and_more_than_a_hundred_of_a_class() -> None:
     assert_as_pycocotools(index, rows, np.ones((1, 8), dtype=np.int64))
 
 
+def test_counts_stay_exact_however_often_images_count() -> None:
+    """Where all is found, a box too many in the sum would cost the last recall."""
+    index = make_index(0, num_images=60)
+    weights = np.concatenate([[1], np.arange(2**20 + 1, 2**20 + 65, 2)])
+    assert np.bincount(index.labels).max() > 2**24 / 2**20
+    found = Tally(index, perfect(index)).averages(np.repeat(weights[:, None], 60, axis=1))
+    for kind in (found.metrics, found.classes):
+        np.testing.assert_array_equal(kind, np.repeat(kind[:1], len(weights), axis=0))
+
+
 def test_each_class_as_evaluation_has_it() -> None:
     from model.training.evaluation import score
 

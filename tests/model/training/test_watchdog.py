@@ -99,8 +99,15 @@ def _write(path: Path, text: str) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("late", [0, 1])
-@pytest.mark.parametrize("how", ["stopped", "stuck"])
+@pytest.mark.parametrize(
+    ("how", "late"),
+    [
+        ("stopped", 1),
+        ("stuck", 0),
+        pytest.param("stopped", 0, marks=pytest.mark.slow),
+        pytest.param("stuck", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_the_rank_that_does_not_arrive_is_named(tmp_path: Path, how: str, late: int) -> None:
     """Also rank 0, in whose process the store lives that all report to."""
     from helpers import free_ports

@@ -97,13 +97,17 @@ def test_conversions() -> None:
     request, options = parse_convert(
         "", ["voc", "VOC2012", "--output", "o", "--copy", "--train-set", "trainval"]
     )
-    assert (request.kind, request.source, request.output) == ("voc", Path("VOC2012"), Path("o"))
+    here = Path.cwd()
+    assert (request.kind, request.source, request.output) == ("voc", here / "VOC2012", here / "o")
     assert (request.copy, request.train_set, request.val_set, options.json) == (
         True,
         "trainval",
         None,
         False,
     )
-    for argv in (["coco", "x", "--output", "o"], ["voc", "x"], ["voc"]):
+    for argv in (
+        ["coco", "x", "--output", "o"], ["voc", "x"], ["voc"],
+        ["voc", "s3://b/x", "--output", "o"], ["voc", "x", "--output", "s3://b/o"],
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             parse_convert("", argv)

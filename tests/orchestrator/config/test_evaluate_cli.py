@@ -46,6 +46,7 @@ def test_flags_are_settings_left_to_right() -> None:
         (["--scales", "1,x"], "--scales: expected positive numbers"),
         (["--scales", "1,-1"], "--scales: expected positive numbers"),
         (["--scales", "1,,2"], "--scales: expected positive numbers"),
+        (["--output", "s3://b/x"], "--output: expected a local folder, got s3://b/x"),
         (["--resamples", "0"], "--resamples: expected at least 1"),
         (["--split", "test"], "valid flags"),
         (["--worker", "1"], "did you mean '--workers'?"),

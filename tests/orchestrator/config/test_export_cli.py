@@ -36,6 +36,11 @@ def test_the_format_names_what_the_suffix_does_not() -> None:
     assert parse("model.bin", "--format", "pt2")[0].format == "pt2"
 
 
+def test_the_file_is_a_local_one() -> None:
+    with pytest.raises(ConfigError, match=r"OUTPUT: expected a local file, got s3://b/m\.onnx"):
+        parse("s3://b/m.onnx")
+
+
 def test_everything_else() -> None:
     request, options = parse(
         *INT8, "--content", "network", "--input", "float32", "--image-size", "512x768",

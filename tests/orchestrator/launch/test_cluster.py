@@ -7,7 +7,7 @@ from ray._private.state import state
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
 from orchestrator.launch import ray_runtime
-from orchestrator.launch.ray_runtime import Cluster, autoscaler_limits
+from orchestrator.launch.ray_runtime import Cluster, autoscaler_limits, fitting
 
 
 def config(*groups: tuple[dict[str, int], int]) -> ClusterConfig:
@@ -29,6 +29,24 @@ def test_limits_are_those_of_all_groups(monkeypatch: pytest.MonkeyPatch) -> None
 def test_without_an_autoscaler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "get_cluster_config", lambda: None)
     assert autoscaler_limits() == {}
+
+
+@pytest.mark.parametrize(
+    ("there", "per_worker", "expected"),
+    [
+        ((2.0, 0.0), (0.2, 0.0), 10),
+        ((1.0, 0.0), (0.1, 0.0), 10),
+        ((8.0, 2.0), (1.0, 0.4), 4),  # no worker is on two devices
+        ((8.0, 1.2), (1.0, 0.2), 6),
+        ((99.0, 1.0), (1.0, 0.1), 10),
+        ((8.0, 3.0), (1.0, 2.0), 1),
+        ((1.9, 8.0), (1.0, 1.0), 1),
+    ],
+)
+def test_what_nodes_hold(
+    there: tuple[float, float], per_worker: tuple[float, float], expected: int
+) -> None:
+    assert fitting(*there, *per_worker) == expected
 
 
 @pytest.mark.parametrize(

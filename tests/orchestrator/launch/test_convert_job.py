@@ -208,3 +208,38 @@ def test_voc_difficult_objects_and_missing_val_are_told(as_voc: Path, tmp_path: 
     assert "val" not in report["splits"]
     assert any("no image set for val" in note for note in report["notes"])
     assert read_back(tmp_path / "coco", "train").crowd.sum() == 1
+
+
+def test_labels_that_lie_elsewhere_are_missed(as_yolo: Path, tmp_path: Path) -> None:
+    (as_yolo / "labels").rename(as_yolo / "annotated")
+    with pytest.raises(DataError, match=r"label files, got none; looked for .*/labels/train/"):
+        convert("yolo", as_yolo, tmp_path / "coco")
+    assert not (tmp_path / "coco").exists()
+
+
+@pytest.mark.parametrize("name", ["annotations/instances_train2017.json", "my_val.json"])
+def test_other_annotations_are_not_mixed_with_ours(as_yolo: Path, name: str) -> None:
+    (as_yolo / name).parent.mkdir(exist_ok=True)
+    (as_yolo / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"a folder without annotations, got .*{name}"):
+        convert("yolo", as_yolo, as_yolo)
+    assert len(list(as_yolo.rglob("*.json"))) == 1
+    (as_yolo / name).unlink()
+    convert("yolo", as_yolo, as_yolo)
+
+
+def test_a_source_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="SOURCE: expected a folder, got none"):
+        convert("voc", tmp_path / ("x" * 300) / "y", tmp_path / "coco")
+
+
+def test_a_relative_source_leads_nowhere_else(
+    as_yolo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret" / "a.png")
+    monkeypatch.chdir(as_yolo)
+    (as_yolo / "train.txt").write_text("../secret/a.png\n")
+    (as_yolo / "data.yaml").write_text("train: train.txt\nnames: [a]\n")
+    with pytest.raises(DataError, match="a place below"):
+        convert("yolo", Path("."), Path("out"), copy=True)

@@ -26,6 +26,7 @@ from orchestrator.launch import environment_doctor, size_estimate
 from orchestrator.launch.dataset_doctor import examine_data, unit_boxes
 from orchestrator.launch.doctor_job import DoctorOutcome, run_doctor_job
 from orchestrator.launch.environment_doctor import (
+    count_as_pinned,
     cpu_quota,
     examine_environment,
     judge_gpus,
@@ -231,6 +232,8 @@ def test_versions_against_the_pins() -> None:
     assert torch_note.severity == "note"
     (absent,) = judge_versions(good | {"timm": None}, pins)
     assert (absent.severity, absent.examples) == ("error", ("timm",))
+    assert count_as_pinned(good, pins) == 3
+    assert count_as_pinned(good | {"torch": "2.11.0", "timm": None}, pins) == 1
     assert {"ray", "torch", "mlflow"} <= read_pins().keys()
     assert read_pins(Path("nowhere.txt")) == {}
 
@@ -263,6 +266,12 @@ def test_an_output_that_cannot_be_written(
     monkeypatch.setattr(environment_doctor.os, "access", lambda *_: False)
     kinds = {one.kind for one in examine_environment(job).findings}
     assert "output" in kinds
+
+
+def test_an_output_that_cannot_be_looked_at(job: TrainJob, tmp_path: Path) -> None:
+    """Too long a name is an error of its own to Path, as is a folder that may not be entered."""
+    there = replace(job, run=replace(job.run, output=str(tmp_path / ("x" * 300) / "runs")))
+    assert "disk" in dict(examine_environment(there).rows)
 
 
 def test_storage_is_tried_and_left_clean(tmp_path: Path) -> None:
@@ -307,6 +316,19 @@ def test_a_tracker_is_asked(job: TrainJob, tracker: Tracker, closed_port: int) -
     (wrong,) = away.findings
     assert wrong.severity == "error"
     assert "hunter22222" not in str(away)
+
+
+def test_a_tracker_that_fails_meanwhile_does_not_answer(
+    job: TrainJob, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Tracker) -> str:
+        raise OSError("went away")
+
+    monkeypatch.setattr(Tracker, "artifact_location", fails)
+    there = replace(job.tracking, uri=tracker.uri, experiment=tracker.experiment)
+    found = examine_tracker(replace(job, tracking=there))
+    assert [one.severity for one in found.findings] == ["error"]
+    assert "does not work" in dict(found.rows)["tracker"]
 
 
 def test_data_and_machine_in_one_go(job: TrainJob, root: Path, tmp_path: Path) -> None:

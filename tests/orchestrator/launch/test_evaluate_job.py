@@ -28,13 +28,18 @@ from model.training.state import Progress, network_config, write_checkpoint
 from orchestrator.config.codec import encode
 from orchestrator.config.evaluate_cli import EvaluateOptions, parse_evaluate
 from orchestrator.config.schema import DataConfig, RunConfig, TrainJob
-from orchestrator.errors import UserError
+from orchestrator.errors import ConfigError, UserError
 from orchestrator.launch.evaluate_job import (
     EvaluateOutcome,
     Images,
+    MakeExaminer,
+    Plan,
     find_images,
+    look,
+    make_plan,
     run_evaluate_job,
 )
+from orchestrator.launch.evaluate_report import Pace
 
 NETWORK = {
     "backbone": "test_efficientnet", "fpn_channels": 16, "fpn_repeats": 1, "head_layers": 1,
@@ -349,6 +354,50 @@ def test_a_damaged_image_is_said_and_counts_as_empty(data: Path, model: Path) ->
     assert run_evaluate_job(request, options, out).report["data"]["damaged"] == 1
     assert "1 could not be read" in out.getvalue()
     assert "expected a readable image" in refused(model, "--set", "data.damaged=fail")
+
+
+def test_without_one_readable_image_there_is_no_score(data: Path, model: Path) -> None:
+    for path in (data / "images" / "val").iterdir():
+        path.write_bytes(b"x")
+    said = refused(model, "--set", "data.check=none")
+    assert "data.root: expected images that can be read, got none of 4 below" in said
+    assert not list(Path("runs/evaluations").rglob("metrics.json"))
+
+
+def planned(model: Path, threads: int = 1) -> Plan:
+    given = [str(model), "--no-figures", "--threads-per-worker", str(threads)]
+    return make_plan(parse_evaluate("", given)[0])
+
+
+def test_a_node_without_the_images_is_said(data: Path, model: Path) -> None:
+    """Each of them would count as empty."""
+    plan = planned(model)
+    make = MakeExaminer(plan.models[0], plan.views[0], plan.images, plan.job, cpu_only=True)
+    shutil.rmtree(data / "images" / "val")
+    with pytest.raises(ConfigError, match=r"data\.root: expected images that every node reaches"):
+        make()
+
+
+def test_work_ends_with_its_caller(model: Path) -> None:
+    class Broken(Pace):
+        def add(self, images: int) -> None:
+            raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        look(planned(model, threads=before + 1), 0, Broken(4, "", io.StringIO()))
+    assert torch.get_num_threads() == before
+
+
+def test_nothing_of_an_evaluation_before_stays(data: Path, model: Path) -> None:
+    first = evaluate(model, "--against", model, "--resamples", 2, "--output", "o", figures=True)
+    mine = Path("o/figures/notes.txt")
+    mine.write_text("")
+    assert first.code == 0
+    assert len(list(Path("o").rglob("*.*"))) > 5
+    evaluate(model, "--output", "o")
+    left = set(Path("o").rglob("*.*"))
+    assert left == {Path("o/metrics.json"), Path("o/detections.json"), mine}
 
 
 def no_boxes(document: dict[str, Any]) -> None:

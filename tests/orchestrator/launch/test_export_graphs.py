@@ -207,6 +207,7 @@ def test_a_torchscript_file(nano: Path, shapes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_pt2_file(classes: ClassMap, tmp_path: Path) -> None:
     path = tmp_path / "nano.pt2"
     source = checkpoint(tmp_path / "step", classes, replace(NANO, image_size_px=256))
@@ -355,3 +356,16 @@ def test_eight_bits_with_the_ap_they_cost(nano: Path, shapes: Path, tmp_path: Pa
     assert "int8" in said
     whole = export(nano, tmp_path / "fp32.onnx", "onnx")[0]
     assert done.report["bytes"] < 0.8 * whole.report["bytes"]
+
+
+def test_a_run_with_a_high_score_is_compared_without_it(
+    classes: ClassMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POSTPROCESS, "score", 0.9999)
+    source = checkpoint(tmp_path / "step_00000007", classes)
+    done, text = export(source, tmp_path / "m.pt", "torchscript")
+    assert done.code == 0, text
+    assert done.report["checked"]["compared"] > 0
+    assert done.report["checked"]["silent"]
+    assert "none of them is above the run's score" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "step_00000007"]

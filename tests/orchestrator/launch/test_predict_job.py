@@ -13,16 +13,19 @@ import fsspec
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 
 from model.predictor import Predictor
 from orchestrator.config.predict_cli import PredictOptions, PredictRequest
 from orchestrator.errors import ConfigError, UserError
 from orchestrator.launch import predict_plan, predict_worker
+from orchestrator.launch.packed_model import PackedModel
 from orchestrator.launch.predict_job import run_predict_job
-from orchestrator.launch.predict_worker import Shard
+from orchestrator.launch.predict_worker import Item, Looker, Shard
 from orchestrator.storage.filesystems import open_place
-from orchestrator.storage.predictions import Part
+from orchestrator.storage.images import ImageFile
+from orchestrator.storage.predictions import Part, PredictionFolder
 from orchestrator.storage.videos import Every, Video, VideoWriter
 
 from .test_export_job import checkpoint
@@ -154,6 +157,50 @@ def test_an_interrupted_prediction_goes_on_with_what_is_left(
     assert rows == expected
     assert {**again, "output": "", "img_per_s": 0} == {**report, "output": "", "img_per_s": 0}
     assert not (tmp_path / "cut" / "parts").exists()
+
+
+def test_an_output_below_the_images_is_none_of_them(model: str, pictures: Path) -> None:
+    first = predict(model, pictures, output=pictures / "found")
+    assert first[1]["images"] == len(list((pictures / "found" / "drawn").rglob("*.jpg"))) == 4
+    assert predict(model, pictures, output=pictures / "found") == first
+
+
+def test_an_output_that_is_taken_is_said_before_images_are_listed(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PredictionFolder(open_place(str(tmp_path / "out"), ""))
+    with folder.alone(), pytest.raises(ConfigError, match="a folder that no other prediction"):
+        predict(model, "nowhere", output=tmp_path / "out")
+
+
+def test_too_many_images_for_the_device_are_one_line(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Predictor, *images: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+    monkeypatch.setattr(Predictor, "predict", full)
+    with pytest.raises(ConfigError) as said:
+        predict(model, pictures, output=tmp_path / "out", batch_size=3)
+    assert str(said.value) == (
+        "--batch-size: expected images that fit the device's memory, "
+        "got 3 (CUDA out of memory. Tried); lower it"
+    )
+
+
+def test_a_worker_keeps_no_second_copy_of_the_model(model: str, tmp_path: Path) -> None:
+    folder = PredictionFolder(open_place(str(tmp_path), ""))
+    folder.begin({}, fresh=False)
+    looker = Looker(PackedModel.of(Path(model)), folder, {}, (), 0.5, 1, Every(), use_gpu=False)
+    look: Any = looker()
+    assert (look.__self__.order.model.files, look.__self__.order.score) == ({}, 0.5)
+
+
+def test_a_shard_says_what_is_in_it(tmp_path: Path) -> None:
+    files = [ImageFile(f"{k}\x1b.jpg", open_place(str(tmp_path), "")) for k in range(3)]
+    items = tuple(Item(file, 1, None) for file in files)
+    assert str(Shard(7, items)) == "shard 7: 0\\x1b.jpg and 2 more"
+    assert str(Shard(7, items[:1])) == "shard 7: 0\\x1b.jpg"
 
 
 def test_results_do_not_depend_on_shards_or_parts(

@@ -154,7 +154,8 @@ def test_a_token_opens_what_is_guarded(header: str | None, status: int) -> None:
     app, inner, _ = guarded(token_digest=digest("secret"))
     headers = {} if header is None else {"Authorization": header}
     for method, path in (("POST", "/predict"), ("GET", "/model"), ("GET", "/metrics")):
-        reply = asyncio.run(call(app, method, path, b"x", headers))
+        body = b"x" if method == "POST" else b""
+        reply = asyncio.run(call(app, method, path, body, headers))
         assert reply.status == status
         if status == 401:
             assert reply.headers["www-authenticate"] == "Bearer"
@@ -202,11 +203,35 @@ def test_websockets_are_closed() -> None:
 
 
 def test_the_turnstile_is_made_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in turnstile.environment(LIMITS).items():
-        monkeypatch.setenv(name, value)
-    module, _, name = os.environ[turnstile.CALLBACK].rpartition(".")
-    (made,) = getattr(importlib.import_module(module), name)()
-    assert (made.cls, made.kwargs) == (Turnstile, {"limits": LIMITS})
+    monkeypatch.delenv(turnstile.TOKEN_DIGEST, raising=False)
+    for secret in (None, digest("secret")):
+        for name, value in turnstile.environment(LIMITS, secret).items():
+            monkeypatch.setenv(name, value)
+        module, _, name = os.environ[turnstile.CALLBACK].rpartition(".")
+        (made,) = getattr(importlib.import_module(module), name)()
+        assert made.cls is Turnstile
+        assert made.kwargs == {"limits": LIMITS, "token_digest": secret}
+
+
+def test_the_turnstile_reads_nothing_of_who_has_no_token() -> None:
+    inner = Inner()
+    app = Turnstile(inner, LIMITS, digest("secret"))
+    reply = post(app, [b"x"] * 5, Expect="100-continue")
+    assert (reply.status, reply.read, inner.inside) == (401, [], 0)
+    unasked = post(app, [b"x"] * 5)
+    assert (unasked.status, unasked.read) == (401, [2] * 5), "thrown away after the answer"
+    assert post(app, b"x", Authorization="Bearer secret").status == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_get_brings_no_body(method: str) -> None:
+    app, inner, _ = guarded()
+    for headers in ({"Content-Length": "1000000000"}, {"Transfer-Encoding": "chunked"}):
+        given = headers | {"Expect": "100-continue"}
+        reply = asyncio.run(call(app, method, "/healthz", headers=given))
+        assert (reply.status, reply.read, inner.inside) == (400, [], 0)
+    empty = asyncio.run(call(app, method, "/healthz", headers={"Content-Length": "0"}))
+    assert empty.status == 200
 
 
 def test_a_turnstile_before_the_door_turns_away_and_tells_how_many(ask: Ask) -> None:

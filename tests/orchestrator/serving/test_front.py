@@ -171,6 +171,22 @@ def test_ready_asks_the_model_but_not_again_at_once(ask: Ask) -> None:
     assert len(asked) == 1
 
 
+def test_a_crowd_that_asks_for_ready_is_one_question(ask: Ask) -> None:
+    asked: list[float] = []
+
+    async def slow(data: bytes, score: float) -> Answer:
+        asked.append(score)
+        await asyncio.sleep(0.01)
+        return await ask(data, score)
+
+    async def crowd() -> list[Reply]:
+        return await asyncio.gather(*(call(app, "GET", "/readyz") for _ in range(100)))
+
+    app, _ = served(slow)
+    assert {one.status for one in asyncio.run(crowd())} == {200}
+    assert len(asked) == 1
+
+
 def test_metrics_are_prometheus_and_bounded(ask: Ask) -> None:
     app, _ = served(ask)
     predict(app, noise())

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.config.serve_cli import ServeOptions, ServeRequest
 from orchestrator.errors import CheckpointError, ClusterError, ConfigError
 from orchestrator.launch.ray_runtime import Cluster
-from orchestrator.serving.app import Scale
+from orchestrator.serving import detector
+from orchestrator.serving.app import Scale, build
+from orchestrator.serving.detector import Copy, Detector, served_files
+from orchestrator.serving.messages import sample_picture
 from orchestrator.serving.running import scale_of
-from orchestrator.serving.serve_job import TOKEN, run_serve_job
+from orchestrator.serving.serve_job import TOKEN, _starting, _stop_signals, run_serve_job
+
+from .conftest import ABOUT, LIMITS
 
 CHECK = ServeOptions(dry_run=True, json=False)
+COPY = Copy(device="cpu", threads=1, max_batch=1, batch_wait_s=0.0, max_pixels=10**6)
 
 
 @pytest.fixture
@@ -109,3 +118,64 @@ def test_copies_take_a_gpu_where_there_are_some() -> None:
 def test_more_than_there_is_room_for_is_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ClusterError, match=message):
         scale_of(replace(ServeRequest("m"), **changes), CPUS)  # type: ignore[arg-type]
+
+
+def test_a_signal_ends_the_start_at_once_and_the_service_in_order() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with _stop_signals() as signals:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert not signals.stop.is_set()
+        signals.ready.set()
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_start_that_has_to_wait_says_so() -> None:
+    assert _starting(1, 4) == "starting 1 copy ..."
+    assert "starting 3 copies ... there is room for 1 now" in _starting(3, 1)
+
+
+def test_answers_under_way_have_their_time_to_end() -> None:
+    app = build(None, COPY, Scale(1, 1, 1.0, 0.0), ABOUT, LIMITS, None)  # type: ignore[arg-type]
+    inner = app._bound_deployment.init_args[0]
+    for bound in (app._bound_deployment, inner._bound_deployment):
+        assert bound._deployment_config.graceful_shutdown_timeout_s == LIMITS.timeout_s
+
+
+def test_a_copy_that_is_broken_says_so(
+    folder_of_a_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that failed once refuses all that follows; images that were too many do not break it."""
+    monkeypatch.setattr(detector.ray, "get", lambda files: files)
+    copy = Detector(served_files(folder_of_a_model), COPY)  # type: ignore[arg-type]
+    works, image = copy.predictor, copy.predictor.prepare(sample_picture())
+    lost = RuntimeError("CUDA error: device-side assert triggered")
+
+    class Failing:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def detect(self, *_: object) -> None:
+            raise self.error
+
+    async def fails_with(error: Exception) -> None:
+        copy.predictor = Failing(error)  # type: ignore[assignment]
+        with pytest.raises(RuntimeError, match=str(error)):
+            await copy._look([image])
+
+    async def one_after_another() -> None:
+        copy.check_health()
+        await fails_with(torch.OutOfMemoryError("full"))
+        copy.check_health()
+        await fails_with(lost)
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            copy.check_health()
+        copy.predictor = works
+        assert len(await copy._look([image])) == 1
+        copy.check_health()
+
+    asyncio.run(one_after_another())

@@ -8,9 +8,18 @@ from typing import Any
 import fsspec
 import pytest
 
-from orchestrator.errors import DataError, UserError
-from orchestrator.storage.images import ImageFile, ImageList, image_ids, list_images, read_batches
+from orchestrator.errors import DataError, StorageError, UserError
+from orchestrator.storage.filesystems import Place, open_place
+from orchestrator.storage.images import (
+    ImageFile,
+    ImageList,
+    fetch,
+    image_ids,
+    list_images,
+    read_batches,
+)
 from orchestrator.storage.listing import match, walk
+from orchestrator.storage.videos import Every, Video
 
 TREE = ("b.jpg", "a/z.jpg", "a.jpg", "a/b/c.PNG", "a-b/x.jpg", "B.jpg", "a/film.mp4", "notes.txt")
 
@@ -42,6 +51,28 @@ def test_files_folders_and_globs_once_each_in_the_order_given(tree: Path) -> Non
     assert names(tree / "a" / "*" / "*") == ["c.PNG"]
     assert names(tree / "**" / "*.jpg") == ["B.jpg", "x.jpg", "a.jpg", "z.jpg", "b.jpg"]
     assert names(tree / "?.jpg") == ["B.jpg", "a.jpg", "b.jpg"]
+
+
+def test_a_folder_that_is_left_out(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tree)
+    everything = names(tree)
+    for without, gone in (
+        (tree / "a", "a/"), (tmp_path / "link" / "a", "a/"), (tree / "a" / "b", "a/b/"),
+        (tree / "b", None), (tree / "a-", None), (tree / "b.jp", None),
+    ):  # fmt: skip
+        place = open_place(str(without), "")
+        found = [image.name for image in list_images([str(tree)], without=place)]
+        assert found == [n for n in everything if gone is None or not n.startswith(gone)]
+        assert (len(found) < len(everything)) == (gone is not None)
+    inside = open_place(str(tree / "a"), "")
+    assert [one.name for one in list_images([str(tree / "**" / "*.jpg")], without=inside)] == [
+        "B.jpg", "x.jpg", "a.jpg", "b.jpg",
+    ]  # fmt: skip
+    for source in (tree / "a" / "b", tree / "a" / "z.jpg"):
+        with pytest.raises(DataError, match="none at"):
+            list_images([str(source)], without=inside)
+    elsewhere = Place(f"memory:/{tree}", fsspec.filesystem("memory"), str(tree / "a"))
+    assert len(list_images([str(tree)], without=elsewhere)) == len(everything)
 
 
 def test_relative_sources(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +199,25 @@ def test_s3_lists_page_by_page_what_a_folder_has(
         list_images([f"s3://{bucket}/other"])
     with pytest.raises(UserError, match="IMAGES: expected"):
         list_images(["s3://no-such-bucket-of-these-tests/x"])
+
+
+@pytest.mark.integration
+def test_an_archived_object_is_a_bad_image_and_a_locked_door_is_not(
+    bucket: str, s3_client: Any
+) -> None:
+    for name in ("a.jpg", "a.mp4"):
+        s3_client.put_object(Bucket=bucket, Key=f"cold/{name}", Body=b"x", StorageClass="GLACIER")
+    image, video = list_images([f"s3://{bucket}/cold"])
+    with pytest.raises(DataError, match=r"a\.jpg: expected an object that is not archived, got"):
+        image.read()
+    with pytest.raises(DataError, match=r"a\.mp4: expected an object that is not archived, got"):
+        Video(video.place, Every())
+
+    def closed() -> bytes:
+        raise PermissionError("The provided token has expired.")
+
+    with pytest.raises(StorageError, match="The provided token has expired"):
+        fetch(image.place, "image", closed)
 
 
 def test_what_has_no_image_is_refused(tree: Path) -> None:

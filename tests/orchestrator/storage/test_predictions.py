@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +13,13 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from helpers import ROOT
 
+from orchestrator.config.predict_cli import ResultFormat
 from orchestrator.errors import ConfigError
-from orchestrator.storage.filesystems import open_place
-from orchestrator.storage.merging import Format, merge
+from orchestrator.storage.filesystems import Place, open_place
+from orchestrator.storage.merging import merge
 from orchestrator.storage.predictions import Failure, Part, PredictionFolder, rows_name
 
 PLAN = {"images": 9, "images_sha256": "abc", "score": 0.3, "every_s": None}
@@ -75,6 +80,83 @@ def test_fresh_replaces_what_a_prediction_wrote_and_nothing_else(folder: Predict
     assert there == {"drawn/a/b.jpg": False, "detections.json": False, "mine.txt": True}
 
 
+def test_a_fresh_start_that_breaks_off_leaves_no_part_without_its_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, left = PredictionFolder._remove, 0
+
+    def breaking(self: PredictionFolder, name: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        remove(self, name)
+
+    monkeypatch.setattr(PredictionFolder, "_remove", breaking)
+    for steps in range(7):
+        folder = folder_at(tmp_path / str(steps))
+        put(folder, 0, row(1))
+        folder.write("drawn/b.jpg", b"")
+        left = steps
+        with pytest.raises(KeyboardInterrupt):
+            folder.begin(PLAN, fresh=True)
+        assert folder.plan() == PLAN
+        assert folder.has("drawn/b.jpg") or folder.done() == {}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"images": 9, "ima', b"[]", b"\xff"])
+def test_a_plan_or_report_that_was_cut(tmp_path: Path, content: bytes) -> None:
+    folder = folder_at(tmp_path)
+    folder.write("report.json", content)
+    assert folder.report() is None
+    folder.write("plan.json", content)
+    for ask in (folder.plan, lambda: folder.begin(PLAN, fresh=False)):
+        with pytest.raises(
+            ConfigError, match=r"--output: expected a plan\.json that is whole.*--fr"
+        ):
+            ask()
+    folder.begin(PLAN, fresh=True)
+    assert folder.plan() == PLAN
+
+
+class Faulty(LocalFileSystem):  # type: ignore[misc]
+    """Every first call of a kind fails."""
+
+    protocol = "faulty"
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def _fail(self, name: str) -> None:
+        if name not in self.called:
+            self.called.add(name)
+            raise OSError("the link is down")
+
+    def exists(self, path: str, **more: Any) -> bool:
+        self._fail("exists")
+        return bool(super().exists(path, **more))
+
+    def find(self, path: str, *more: Any, **options: Any) -> Any:
+        self._fail("find")
+        return super().find(path, *more, **options)
+
+    def rm(self, path: str, *more: Any, **options: Any) -> None:
+        self._fail("rm")
+        super().rm(path, *more, **options)
+
+
+def test_a_storage_that_fails_for_a_moment(tmp_path: Path) -> None:
+    part = put(folder_at(tmp_path), 0, row(1))
+    filesystem = Faulty()
+    folder = PredictionFolder(Place(str(tmp_path), filesystem, str(tmp_path)))
+    assert folder.done() == {0: part}
+    folder.remove_parts()
+    assert not folder.has("parts")
+    assert filesystem.called == {"exists", "find", "rm"}
+
+
 def test_only_what_is_committed_is_done(folder: PredictionFolder) -> None:
     assert folder.done() == {}
     first = put(folder, 0, row(1), row(2))
@@ -103,7 +185,7 @@ def test_the_end_removes_the_parts(folder: PredictionFolder) -> None:
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
 def test_rows_are_merged_in_order(
-    folder: PredictionFolder, form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: PredictionFolder, form: ResultFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.storage.merging.CHUNK_BYTES", 300)
     expected = []
@@ -124,7 +206,7 @@ def test_rows_are_merged_in_order(
 
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
-def test_no_rows_are_an_empty_file(tmp_path: Path, form: Format) -> None:
+def test_no_rows_are_an_empty_file(tmp_path: Path, form: ResultFormat) -> None:
     folder = folder_at(tmp_path / "out")
     put(folder, 0)
     target = tmp_path / "merged"
@@ -167,6 +249,37 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with folder.alone():  # it was killed
         pass
     assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who held it ended between our opening the file and locking it."""
+    folder, locked, lock = folder_at(tmp_path), [], fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        if not locked:
+            (tmp_path / ".lock").unlink()
+        lock(file, how)
+        locked.append(os.fstat(file.fileno()).st_ino)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with folder.alone():
+        assert len(locked) == 2
+        assert (tmp_path / ".lock").stat().st_ino == locked[-1]
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_share_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def unknown(file: Any, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    put(folder_at(tmp_path), 0, row(1))
+    assert not (tmp_path / ".lock").exists()
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import fsspec
@@ -74,6 +76,63 @@ def test_phones_keep_which_way_is_up_beside_the_pixels(tmp_path: Path) -> None:
 
 def test_odd_sizes_are_made_even(tmp_path: Path) -> None:
     assert look(film(tmp_path / "a.mp4", 2, (65, 47)))[0].picture.size == (64, 46)
+
+
+@pytest.mark.parametrize("size", [(1, 48), (64, 1), (1, 1)])
+def test_the_smallest_sides(tmp_path: Path, size: tuple[int, int]) -> None:
+    made = look(film(tmp_path / "a.mp4", 2, size))[0].picture.size
+    assert made == tuple(max(2, side) for side in size)
+
+
+def test_what_cannot_be_encoded_is_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match="a drawn video: expected frames that can be encoded, got"),
+        VideoWriter(tmp_path / "a.mp4", Fraction(FPS)) as writer,
+    ):
+        writer.add(Image.new("RGB", (20_000, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mov", "mpeg4"), ("a.mkv", "mpeg4"), ("a.webm", "libvpx"), ("a.avi", "mpeg4"),
+        ("a.mpg", "mpeg2video"), ("a.wmv", "wmv2"), ("a.flv", "flv"), ("a.m4v", "mpeg4"),
+    ],
+)  # fmt: skip
+def test_the_formats_of_known_suffixes(tmp_path: Path, name: str, codec: str) -> None:
+    with av.open(str(tmp_path / name), "w") as container:
+        stream: Any = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        make: Any = av.VideoFrame.from_image
+        for _ in range(5):
+            container.mux(stream.encode(make(Image.new("RGB", (64, 48)))))
+        container.mux(stream.encode(None))
+    assert len(look(tmp_path / name)) == 5
+
+
+def test_a_list_of_other_files_is_no_video(tmp_path: Path) -> None:
+    """Whatever it is called: it would show files that nobody gave."""
+    film(tmp_path / "secret.mp4")
+    (tmp_path / "x.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    with pytest.raises(DataError, match=r"x\.mp4: expected a readable video, got another format;"):
+        look(tmp_path / "x.mp4")
+
+
+def test_a_long_gap_is_skipped_at_once(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "gap.mkv"), "w") as container:
+        stream: Any = container.add_stream("mpeg4", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        make: Any = av.VideoFrame.from_image
+        frame = make(Image.new("RGB", (64, 48)))
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            packet.time_base = Fraction(1, 1000)
+            for time_ms in (0, 40, 10**12):
+                packet.pts = packet.dts = time_ms
+                container.mux(packet)
+    began = time.monotonic()
+    frames = look(tmp_path / "gap.mkv", Every(seconds=0.001))
+    assert time.monotonic() - began < 5
+    assert [frame.time_s for frame in frames] == pytest.approx([0, 0.04, 1e9])
 
 
 def test_a_remote_video(tmp_path: Path) -> None:

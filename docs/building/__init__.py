@@ -1,0 +1,1 @@
+"""Pages that are made from the sources when the site is built."""
