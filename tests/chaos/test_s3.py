@@ -64,6 +64,7 @@ def test_a_fifth_of_all_calls_fails(
     assert_same(final_weights(storage, done, tmp_path), undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_upload(storage: Storage, tmp_path: Path) -> None:
     """Large files go up in parts; what was uploaded of them is not paid for, for ever."""
     large = [*LOCAL, "--set", "model.fpn_channels=640", "--steps", "60"]

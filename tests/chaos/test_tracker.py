@@ -103,7 +103,7 @@ def finish(job: Job) -> Done:
 
 @pytest.mark.parametrize(
     "fault",
-    ["killed", pytest.param("hung", marks=pytest.mark.chaos), pytest.param("500", marks=pytest.mark.chaos)],
+    [pytest.param("killed", marks=pytest.mark.slow), pytest.param("hung", marks=pytest.mark.chaos), pytest.param("500", marks=pytest.mark.chaos)],
 )  # fmt: skip
 def test_server_fails_in_the_middle(server: MlflowServer, tmp_path: Path, fault: str) -> None:
     output = tmp_path / "out"

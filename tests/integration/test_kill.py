@@ -44,6 +44,7 @@ def test_driver_killed_and_same_command(undisturbed: Done, tmp_path: Path) -> No
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
+@pytest.mark.slow
 def test_driver_told_to_stop(undisturbed: Done, tmp_path: Path) -> None:
     """SIGTERM: a checkpoint of the step that was under way, and nothing is computed twice."""
     job = Job(tmp_path / "out", *ARGUMENTS)

@@ -173,6 +173,7 @@ def test_killed_and_resumed_on_other_workers_leaves_the_same_bytes(
     assert not [pid for pid in below if is_ours(pid)]
 
 
+@pytest.mark.slow
 def test_stopped_with_workers_it_ends_as_at_ctrl_c(
     trained: Done, crowd: Path, tmp_path: Path
 ) -> None:

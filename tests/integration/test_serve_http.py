@@ -216,7 +216,8 @@ def test_a_dropped_image_is_shown_with_its_boxes(
     assert boxes(page) == str(left)
     assert entries(page) == left < len(scores)
     page.execute_script(SLIDE, 0.95)
-    assert (boxes(page), entries(page)) == ("0", 0)
+    surest = sum(one >= 0.95 for one in scores)  # hardly any, but the weights are another machine's
+    assert (boxes(page), entries(page)) == (str(surest), surest)
     assert page.execute_script(COLOURS)[2] < colours  # the plain picture has fewer
     assert complaints(page) == []
 
