@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.torch import get_device
 
 from model.training.runtime import (
@@ -34,6 +35,7 @@ from orchestrator.storage.background import BackgroundStore
 from orchestrator.storage.filesystems import reason
 
 EXCLUDES = [".git", ".venv", "runs", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
+UNREACHED = (OSError, ValueError, RuntimeError, RayError)
 LOOK_EVERY_S = 5.0
 SAVE_EVERY_S_ON_NOTICE = 10.0
 
@@ -201,7 +203,7 @@ def connect(root: Path, *, dashboard: bool = False) -> Cluster:
     was submitted with a working directory of its own.
 
     Raises:
-        ClusterError: the address does not answer.
+        ClusterError: the address does not answer, or none can be started here.
     """
     address = os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -212,7 +214,7 @@ def connect(root: Path, *, dashboard: bool = False) -> Cluster:
             common["runtime_env"] = {"working_dir": str(root), "excludes": EXCLUDES}
         try:
             ray.init(address=address, **common)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except UNREACHED as error:
             raise ClusterError(
                 "RAY_ADDRESS", "a Ray cluster that answers", f"{address} ({reason(error)})",
                 "correct it (and RAY_AUTH_TOKEN), or unset it for a local cluster",
@@ -220,11 +222,14 @@ def connect(root: Path, *, dashboard: bool = False) -> Cluster:
     else:
         if dashboard:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        ray.init(
-            include_dashboard=dashboard,
-            runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
-            **common,
-        )
+        common["runtime_env"] = {"env_vars": {"PYTHONPATH": str(root)}}
+        try:
+            ray.init(address="local", include_dashboard=dashboard, **common)
+        except UNREACHED as error:
+            raise ClusterError(
+                "Ray", "to start on this machine", reason(error),
+                "see /tmp/ray/session_latest/logs, or name a cluster by RAY_ADDRESS",
+            ) from None  # fmt: skip
         if dashboard:  # for those who ask it, when there is another Ray on this machine
             os.environ["RAY_ADDRESS"] = str(ray.get_runtime_context().gcs_address)
     there, most = ray.cluster_resources(), autoscaler_limits()

@@ -100,3 +100,27 @@ def test_without_a_token_nobody_gets_in(head: dict[str, str]) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "authentication" in done.stdout + done.stderr
+
+
+BESIDE = """
+import sys
+from pathlib import Path
+from ray._private import services
+from orchestrator.launch.ray_runtime import connect
+there = sys.argv[1]
+services.find_bootstrap_address = lambda temp_dir: there  # as `ray start` leaves it in /tmp/ray
+print(connect(Path.cwd()).address)
+"""
+
+
+def test_without_an_address_another_ray_of_the_machine_is_left_alone(head: dict[str, str]) -> None:
+    there = f"127.0.0.1:{head['PORT']}"
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE, there],
+        env=head | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    own = done.stdout.strip().rpartition(":")[2]
+    assert own.isdigit(), done.stdout
+    assert own != head["PORT"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from ray._private.state import state
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
+from ray.exceptions import AuthenticationError
 
+from orchestrator.errors import ClusterError
 from orchestrator.launch import ray_runtime
-from orchestrator.launch.ray_runtime import Cluster, autoscaler_limits, fitting
+from orchestrator.launch.ray_runtime import Cluster, autoscaler_limits, connect, fitting
 
 
 def config(*groups: tuple[dict[str, int], int]) -> ClusterConfig:
@@ -59,3 +63,18 @@ def test_room_counts_nodes_that_may_come(
     monkeypatch.setattr(ray_runtime, "room_for", lambda cpus, gpus: 3)
     cluster = Cluster(False, cpus=28.0, gpus=6.0, nodes=1, address="", grows=grows)
     assert cluster.room(*per_worker) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "where"), [("", "Ray: expected to start"), ("127.0.0.1:9", "RAY_ADDRESS: expected")]
+)
+def test_what_keeps_ray_away_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, address: str, where: str
+) -> None:
+    def refuse(**_: object) -> None:
+        raise AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray_runtime.ray, "init", refuse)
+    with pytest.raises(ClusterError, match=rf"(?s)^{where}.*InvalidAuthToken"):
+        connect(Path("."))
