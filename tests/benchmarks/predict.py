@@ -1,6 +1,7 @@
 """What streaming predictions cost: python tests/benchmarks/predict.py CASE [CASE ...]
 
-    workers   images a second of two workers against one, a thread each, after both have loaded
+    workers   images a second of two workers against one, a thread each, after both have loaded;
+              and of plain processes that do the same without Ray, which is what the cores allow
     memory    resident memory of driver and workers over 20,000 small images (--images N for fewer)
     listing   time and memory to list a million files
 
@@ -10,12 +11,14 @@ Medians; one worker and two take turns in one run of this program.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
@@ -28,8 +31,9 @@ from model.data.index import ClassMap  # noqa: E402
 from model.network.detector import Detector  # noqa: E402
 from model.network.scaling import ModelConfig, resolve  # noqa: E402
 from model.training.state import Progress, network_config, write_checkpoint  # noqa: E402
+from orchestrator.launch.predict_worker import Looker, Shard  # noqa: E402
 
-ROUNDS, NUM_TIMED, NUM_STREAMED, NUM_LISTED = 3, 192, 20_000, 1_000_000
+ROUNDS, NUM_TIMED, NUM_STREAMED, NUM_LISTED = 3, 480, 20_000, 1_000_000
 SMALL = ModelConfig(
     backbone="test_efficientnet", pretrained="no", fpn_channels=16, fpn_repeats=1, head_layers=1,
     image_size_px=64, max_level=6,
@@ -71,7 +75,6 @@ def workers(folder: Path) -> dict[str, float]:
     from orchestrator.launch.fleet import work_through
     from orchestrator.launch.packed_model import PackedModel
     from orchestrator.launch.predict_plan import Shards, plan_of
-    from orchestrator.launch.predict_worker import Looker
     from orchestrator.storage.filesystems import open_place
     from orchestrator.storage.images import list_images
     from orchestrator.storage.predictions import PredictionFolder
@@ -82,23 +85,59 @@ def workers(folder: Path) -> dict[str, float]:
     request = PredictRequest("", ())
     shards = Shards(images, request.batch_size, draw=False)
     plan = plan_of(request, shards, model)
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    rates: dict[str, list[float]] = {f"{kind}{n}": [] for kind in ("plain", "ray") for n in (1, 2)}
     for turn in range(ROUNDS):
-        for number, found in rates.items():
-            output = PredictionFolder(open_place(str(folder / f"out-{turn}-{number}"), ""))
+        for name, found in rates.items():
+            output = PredictionFolder(open_place(str(folder / f"out-{turn}-{name}"), ""))
             with output.alone():
                 output.begin(plan, fresh=False)
             looker = Looker(
                 model, output, plan, (), request.score, request.batch_size, Every(), use_gpu=False
             )
-            counted, began = -number, 0.0
-            for _ in work_through(shards.without(()), looker, Crew(workers=number)):
-                counted += 1
-                if counted == 0:
-                    began = time.perf_counter()
-            found.append(counted * shards.size / (time.perf_counter() - began))
-    one, two = (statistics.median(found) for found in rates.values())
-    return {"one_img_per_s": one, "two_img_per_s": two, "ratio": two / one, "cores": cores()}
+            number, todo = int(name[-1]), list(shards.without(()))
+            if name.startswith("plain"):
+                counted, seconds = plain(looker, todo, number)
+            else:
+                counted, began = -number, 0.0
+                for _ in work_through(todo, looker, Crew(workers=number)):
+                    counted += 1
+                    if counted == 0:
+                        began = time.perf_counter()
+                seconds = time.perf_counter() - began
+            found.append(counted * shards.size / seconds)
+    rate = {name: statistics.median(found) for name, found in rates.items()}
+    figures = {f"{name}_img_per_s": value for name, value in rate.items()}
+    ratios = {"ratio": rate["ray2"] / rate["ray1"], "allowed": rate["plain2"] / rate["plain1"]}
+    return figures | ratios | {"cores": cores()}
+
+
+def plain(looker: Looker, todo: list[Shard], number: int) -> tuple[int, float]:
+    """So many processes with their share each: shards after the first of each, seconds for them."""
+    context = multiprocessing.get_context("spawn")
+    ready, over = context.Barrier(number + 1), context.Barrier(number + 1)
+    processes = [
+        context.Process(target=_plain, args=(looker, todo[k::number], ready, over))
+        for k in range(number)
+    ]
+    for process in processes:
+        process.start()
+    ready.wait(300)
+    began = time.perf_counter()
+    over.wait(900)
+    seconds = time.perf_counter() - began
+    for process in processes:
+        process.join(60)
+    return len(todo) - number, seconds
+
+
+def _plain(looker: Looker, todo: list[Shard], ready: Barrier, over: Barrier) -> None:
+    torch.set_num_threads(1)
+    answer = looker()
+    answer(todo[0])
+    ready.wait(300)
+    for shard in todo[1:]:
+        answer(shard)
+    over.wait(900)
 
 
 def memory(folder: Path, number: int = NUM_STREAMED) -> dict[str, float]:
