@@ -81,7 +81,7 @@ class Interruptions:
             self._since = self.clock()
         if 0 <= self._since < self.clock() - WAITING_S:
             self._since = -1.0
-            self.say("waiting for room on the cluster for the workers (see ray status)")
+            self.say("no workers yet: slow to start, or no room on the cluster (see ray status)")
 
     def started(self, workers: int) -> None:
         """A group of workers begins."""

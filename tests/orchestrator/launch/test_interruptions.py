@@ -135,7 +135,7 @@ def test_waiting_for_room_is_said_once(told: list[str]) -> None:
     for seconds in (0.0, 30.0, 61.0, 90.0, 200.0):
         now[0] = seconds
         seen.waiting()
-    assert told == ["waiting for room on the cluster for the workers (see ray status)"]
+    assert told == ["no workers yet: slow to start, or no room on the cluster (see ray status)"]
     seen.started(1)
     now[0] = 500.0
     seen.waiting()
