@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from orchestrator.config import codec
-from orchestrator.config.cli import Flag, add_overrides, plain_parser
+from orchestrator.config.cli import Flag, add_overrides, local_path, plain_parser
 from orchestrator.errors import ConfigError
 
 SplitName = Literal["train", "val"]
@@ -120,19 +120,16 @@ def parse_evaluate(
     for name, value, least in (("--resamples", given.resamples, 1), ("--seed", given.seed, 0)):
         if value < least:
             raise ConfigError(name, f"at least {least}", str(value))
+    output = given.output
+    if output is not None:
+        output = local_path(output, "--output", "a local folder", "copy it to there afterwards")
     request = EvaluateRequest(
         given.model, given.against, _changes(given.overrides or []), given.split,
         _scales(given.scales), given.flip, given.workers, given.cpus_per_worker,
         given.gpus_per_worker, given.threads_per_worker, given.resamples, given.seed, not given.no_figures,
-        _output(given.output), given.tracking_uri,
+        output, given.tracking_uri,
     )  # fmt: skip
     return request, EvaluateOptions(given.json)
-
-
-def _output(text: str | None) -> Path | None:
-    if text is not None and "://" in text:
-        raise ConfigError("--output", "a local folder", text, "copy it to there afterwards")
-    return None if text is None else Path(text)
 
 
 def _changes(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
